@@ -1,0 +1,42 @@
+"""Mixed-precision policies and quantized inference for Flax, Linen and NNX.
+
+`import mpjax as mp` loads neither Flax API; `mp.linen` and `mp.nnx` are loaded when used.
+"""
+
+import importlib as _importlib
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+from ._global_policy import dtype_policy as dtype_policy
+from ._global_policy import dtype_policy_scope as dtype_policy_scope
+from ._global_policy import set_dtype_policy as set_dtype_policy
+from ._layer_policies import layer_policies as layer_policies
+from ._loss_scale import DynamicLossScale as DynamicLossScale
+from ._loss_scale import StaticLossScale as StaticLossScale
+from ._modes import Mode as Mode
+from ._modes import modes as modes
+from ._policy import DTypePolicy as DTypePolicy
+from ._policy import FloatDTypePolicy as FloatDTypePolicy
+from ._policy_map import DTypePolicyMap as DTypePolicyMap
+from ._policy_map import FrozenDTypePolicyMap as FrozenDTypePolicyMap
+from ._quantize import quantize as quantize
+from ._quantized_policy import QuantizedDTypePolicy as QuantizedDTypePolicy
+from ._quantized_policy import QuantizedFloat8DTypePolicy as QuantizedFloat8DTypePolicy
+from ._serialize import deserialize as deserialize
+from ._serialize import get_policy as get_policy
+from ._serialize import serialize as serialize
+from ._wrap import unwrap as unwrap
+from ._wrap import wrap as wrap
+
+if _TYPE_CHECKING:
+    from . import linen as linen
+    from . import nnx as nnx
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    if name in ("linen", "nnx"):
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'mpjax' has no attribute '{name}'")

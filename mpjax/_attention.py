@@ -1,0 +1,117 @@
+"""Dot-product attention in a half dtype with its softmax in float32, for Linen and NNX alike.
+
+Flax's own switch (`force_fp32_for_softmax`, Linen only) leaves the attention weights in float32,
+so that the product with the values runs in float32 too. Here both products take operands of the
+compute dtype, forward and backward, and only the scores are widened:
+
+  scores  = (query / sqrt(depth)) @ key      compute dtype
+  weights = softmax(float32(scores))         float32, rounded to the compute dtype
+  output  = weights @ value                  compute dtype
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def linen_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+) -> Array:
+    """`flax.linen.dot_product_attention` with a float32 softmax; same arguments and shapes."""
+
+    def scores(equation: str, query: Array, key: Array) -> Array:
+        return jnp.einsum(equation, query, key, precision=precision).astype(jnp.float32)
+
+    return nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dtype=dtype,
+        module=module,
+        qk_attn_weights_einsum=scores,
+        attn_weights_value_einsum=functools.partial(jnp.einsum, precision=precision),
+    )
+
+
+def nnx_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    is_causal: bool = False,
+    *,
+    compute_dtype: Any = None,
+) -> Array:
+    """`flax.nnx.dot_product_attention` with a float32 softmax: grouped queries, causal masks, sow.
+
+    Operands are first cast to `compute_dtype`: a float32 cache does not widen the products.
+    """
+    query, key, value = (jnp.asarray(x, compute_dtype) for x in (query, key, value))
+    groups = query.shape[-2] // key.shape[-2]
+    if groups * key.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            f"query has {query.shape[-2]} heads and key has {key.shape[-2]}: grouped-query "
+            "attention needs the first to be a multiple of the second"
+        )
+    if groups > 1:
+        key, value = (jnp.repeat(x, groups, axis=-2) for x in (key, value))
+    if is_causal:
+        causal = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
+        mask = causal if mask is None else jnp.logical_and(mask, causal)
+    return linen_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        broadcast_dropout,
+        dropout_rng,
+        dropout_rate,
+        deterministic,
+        dtype,
+        precision,
+        None if module is None else _Sower(module),
+    )
+
+
+class _Sower:
+    """Gives an NNX module the `sow` of a Linen one."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def sow(self, collection: str, name: str, value: Array) -> None:
+        del collection
+        from flax import nnx
+
+        self._module.sow(nnx.Intermediate, name, value)

@@ -1,0 +1,71 @@
+"""Which wrapped model is running, as part of the key of every JAX cache.
+
+While a wrapped model runs, `active` holds the `Frame` of its policy. It is made by
+`jax.make_user_context`, so its value takes part in the key of jit's caches: a function (or a class
+under `nn.jit`) that was traced under one policy is never reused under another.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+active = jax.make_user_context(None)
+
+
+@dataclasses.dataclass(eq=False)
+class Observation:
+    """What a trace met, kept for the caller of `observe`; compared by identity.
+
+    Attributes:
+      policies: absolute layer path -> the policy that the layer resolved to, in order of first call.
+      products: absolute layer path -> how the layer's `kernel` entered a quantized product.
+    """
+
+    policies: dict[str, Any] = dataclasses.field(default_factory=dict)
+    products: dict[str, "Product"] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A weight's role in one quantized product: its shape there, and its contracting axes."""
+
+    shape: tuple[int, ...]
+    contracting: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The policy in force, the path of the module it was wrapped around, and who is watching."""
+
+    policy: Any
+    root: tuple[str, ...] = ()
+    observation: Observation | None = None
+
+
+_observation: contextvars.ContextVar[Observation | None] = contextvars.ContextVar(
+    "mpjax_observation", default=None
+)
+
+
+def current_observation() -> Observation | None:
+    """The observation that frames opened now report to, or None."""
+    return _observation.get()
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[Observation]:
+    """Collects what the layers of wrapped models do while a function is traced.
+
+    The observation is part of each frame opened inside, hence of jit's cache keys: a layer whose
+    trace was cached before is traced again, and so is seen.
+    """
+    observation = Observation()
+    token = _observation.set(observation)
+    try:
+        yield observation
+    finally:
+        _observation.reset(token)

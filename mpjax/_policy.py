@@ -1,0 +1,158 @@
+"""Dtype policies: which dtype a layer computes in, and which its variables are kept in.
+
+Policies are Keras' in name and meaning. Here they are also values: frozen, hashable, equal when
+they mean the same, and pytrees without leaves, so they pass through `jax.jit`, `jax.vmap` and
+`jax.tree.map` and two spellings of one policy cost one trace.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+
+from ._ambient import current_source_name
+from ._dtype_names import dtype_name, parse_policy_name
+from ._loss_scale import LossScale, get_loss_scale, serialize_loss_scale
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
+class DTypePolicy:
+    """The dtypes of a layer's computation, variables and output.
+
+    Variables are kept in `variable_dtype` and cast to `compute_dtype` where they are used:
+
+        y = layer(cast(variables, compute_dtype), cast(x, compute_dtype))
+
+    Args:
+        name: A dtype name such as `"float32"` (compute and variables in that dtype),
+            `"mixed_float16"` or `"mixed_bfloat16"` (variables in float32), or a jmp string such as
+            `"params=float32,compute=bfloat16,output=float32"`. None takes the name of the global
+            policy; of its unquantized source if that is quantized, of its default if it is a map.
+        loss_scale: `"auto"` (dynamic for `"mixed_float16"`, else None), `"dynamic"`, a number, a
+            `DynamicLossScale`, a `StaticLossScale`, or None.
+        output_dtype: What the outermost call returns. None is `compute_dtype`.
+
+    Attributes:
+        name: The canonical name.
+        source_name: The name of the policy without quantization; here the same as `name`.
+        compute_dtype: The dtype of the computation, as a string.
+        variable_dtype: The dtype in which variables are kept, as a string.
+        output_dtype: The dtype of the output, as a string.
+        loss_scale: The configuration of loss scaling, or None.
+
+    Raises:
+        TypeError: If `name` is not a string.
+        ValueError: If `name`, `loss_scale` or `output_dtype` cannot be interpreted.
+
+    References:
+        https://keras.io/api/mixed_precision/policy/
+        https://github.com/google-deepmind/jmp
+    """
+
+    name: str
+    source_name: str
+    compute_dtype: str
+    variable_dtype: str
+    output_dtype: str
+    loss_scale: LossScale | None
+
+    # __init__ takes what a user writes, the fields hold what it means. Equality is by fields, and
+    # by kind in place of the class: Keras has two classes for one policy, equal and alike in use.
+    _kind: ClassVar[str] = "plain"
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        loss_scale: LossScale | float | str | None = "auto",
+        output_dtype: Any = None,
+    ):
+        source = source_fields(name, loss_scale, output_dtype)
+        set_fields(self, name=source["source_name"], **source)
+
+    @property
+    def quantization_mode(self) -> str | None:
+        """The quantization mode, such as `"int8"`; None if the policy does not quantize."""
+        return None
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
+        return {"name": self.name, **self._source_config()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Builds the policy from the dict that `get_config()` returned."""
+        return cls(**config)
+
+    def _source_config(self) -> dict[str, Any]:
+        """Returns the arguments that the name does not imply."""
+        config = {}
+        if self.loss_scale != get_loss_scale(_auto_loss_scale(self.source_name)):
+            config["loss_scale"] = serialize_loss_scale(self.loss_scale)
+        if self.output_dtype != self.compute_dtype:
+            config["output_dtype"] = self.output_dtype
+        return config
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (self._kind, *(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DTypePolicy):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __repr__(self) -> str:
+        return f'<{type(self).__name__} "{self.name}">'
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
+class FloatDTypePolicy(DTypePolicy):
+    """Keras' second name for `DTypePolicy`: equal to it, and printed as it."""
+
+    def __repr__(self) -> str:
+        return f'<DTypePolicy "{self.name}">'
+
+
+def set_fields(policy: DTypePolicy, **fields: Any) -> None:
+    """Sets fields of a frozen policy, from its `__init__`."""
+    for name, value in fields.items():
+        object.__setattr__(policy, name, value)
+
+
+def source_fields(name: str | None, loss_scale: Any, output_dtype: Any) -> dict[str, Any]:
+    """Returns the fields that a policy has with or without quantization."""
+    source = parse_policy_name(current_source_name() if name is None else name)
+    if isinstance(loss_scale, str) and loss_scale == "auto":
+        loss_scale = _auto_loss_scale(source.name)
+    elif loss_scale is not None and source.compute != "float16":
+        warnings.warn(
+            "Creating a Policy with a loss scale is only useful for float16 policies. You passed "
+            f"loss_scale={loss_scale!r} for policy {source.name}. Consider not passing any "
+            "loss_scale instead.",
+            stacklevel=3,
+        )
+    if output_dtype is not None:
+        output_dtype = dtype_name(output_dtype)
+    if output_dtype and source.output and output_dtype != source.output:
+        raise ValueError(
+            f"`name` asks for output={source.output} but output_dtype={output_dtype!r}. Give one "
+            "of them."
+        )
+    return {
+        "source_name": source.name,
+        "compute_dtype": source.compute,
+        "variable_dtype": source.variable,
+        "output_dtype": output_dtype or source.output or source.compute,
+        "loss_scale": get_loss_scale(loss_scale),
+    }
+
+
+def _auto_loss_scale(source_name: str) -> str | None:
+    return "dynamic" if source_name == "mixed_float16" else None

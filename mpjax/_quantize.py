@@ -1,0 +1,80 @@
+"""`quantize`: float weights in, int8 weights out, for the same wrapped model."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import mpjax_kernels as mk
+
+from ._policy import DTypePolicy
+from ._wrap import wrapped_adapter_of
+
+
+def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Turns the weights of a wrapped model's quantized layers into int8.
+
+    The kernel of every Dense, DenseGeneral, Einsum and attention projection whose policy is
+    quantized becomes a `mpjax_kernels.QTensor` with one float32 scale per output channel,
+
+        scale = max |w| over the contracting axes / 127,    values = round(w / scale)
+
+    and every other weight stays what it is. The wrapped model applies the result: activations are
+    quantized per row at each call, products accumulate in int32. No float copy of a quantized
+    weight is kept.
+
+    Args:
+      model: a wrapped Linen or NNX module, under a policy such as `"int8_from_mixed_bfloat16"`.
+      variables: Linen: the variables to quantize, `{"params": ..., ...}`, as `apply` takes them.
+        NNX: nothing, the model holds its weights.
+      *args: Linen: the arguments of one call, `x`. Arrays may be `jax.ShapeDtypeStruct`s: the call
+        is traced to meet the layers, never run. NNX: nothing.
+      **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...).
+
+    Returns:
+      Linen: new variables of the same structure, with `QTensor`s in place of the kernels.
+      NNX: the same model, its kernels replaced in place.
+
+    Raises:
+      ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
+        another model, are quantized already, or hold a NaN or an infinity (named by its path).
+      TypeError: `model` is not a Flax module, or arguments are missing.
+    """
+    adapter = wrapped_adapter_of(model)
+    policy = adapter.policy_of(model)
+    if not any(p.quantization_mode for p in _all_policies(policy)):
+        raise ValueError(
+            f"nothing to quantize: the policy of {type(model).__name__}, {policy!r}, has no "
+            "quantization mode. Wrap the model with one that has, such as "
+            "'int8_from_mixed_bfloat16'"
+        )
+    return adapter.quantize(model, variables, *args, **kwargs)
+
+
+def _all_policies(policy: Any) -> list[DTypePolicy]:
+    return [getattr(policy, "default_policy", policy), *getattr(policy, "values", list)()]
+
+
+def quantize_weight(weight: Any, contracting: tuple[int, ...], path: str) -> mk.QTensor:
+    """One float weight as int8, a scale per output channel.
+
+    Args:
+      weight: floating array; leading axes that are not among `contracting` each get their scales,
+        so a stack of layers [layers, K, N] keeps one scale per layer and channel.
+      contracting: axes that the product sums over, counted from the end (negative).
+      path: the weight's name in messages.
+
+    Raises:
+      ValueError: the weight is quantized already, or holds a NaN or an infinity.
+    """
+    if isinstance(weight, mk.QTensor):
+        raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
+    if not isinstance(weight, jax.core.Tracer | jax.ShapeDtypeStruct):
+        finite = jnp.isfinite(weight)
+        if not bool(finite.all()):
+            bad = int(weight.size - finite.sum())
+            raise ValueError(
+                f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
+                "like that cannot be quantized: restore it from a checkpoint before they appeared"
+            )
+    return mk.quantize(jnp.asarray(weight), "int8", axis=contracting)

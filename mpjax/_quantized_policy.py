@@ -1,0 +1,173 @@
+"""Policies that quantize: a `Mode` on top of the dtypes of another policy."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from ._loss_scale import LossScale
+from ._modes import Mode, parse_mode
+from ._policy import DTypePolicy, set_fields, source_fields
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
+class QuantizedDTypePolicy(DTypePolicy):
+    """A policy whose layers multiply quantized weights, and quantized activations if asked to.
+
+    The mode is one string, such as `"int8_static"` or `"int4/128"`, or a family and keywords:
+    `("int8", activations="static")` and `"int8_static"` are the same policy.
+
+    Args:
+        mode: `"int8"`, `"int8_static"`, `"int8_weight_only"`, `"int4/<group_size>"`, `"float8"`,
+            `"float8/row"`, `"float8/128x128"`, `"gptq/4/<group_size>"` or `"awq/4/<group_size>"`.
+        source_name: The name of the policy that is quantized, as in `DTypePolicy`.
+        activations: `"dynamic"`, `"static"`, `"delayed"` or `"none"`; None leaves it to `mode`.
+        granularity: What shares a scale, see `Mode`; None leaves it to `mode`.
+        group_size: Weights per scale, -1 for all; None leaves it to `mode`.
+        symmetric: False gives int4 a zero point. It is not part of the name.
+        loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
+        output_dtype: As in `DTypePolicy`.
+
+    Attributes:
+        mode: The canonical mode string.
+        symmetric: Whether the weights have no zero point.
+        scheme: The mode as a `Mode`: formats, granularity, group size.
+        amax_history_length: Steps of amax history that delayed scaling looks back on; the other
+            modes have no history and ignore it.
+
+    Raises:
+        TypeError: If `source_name` is not a string.
+        ValueError: If the mode is unknown, its keywords contradict it, or it does not work with
+            the compute dtype.
+
+    References:
+        https://keras.io/api/mixed_precision/policy/
+    """
+
+    mode: str
+    symmetric: bool
+    scheme: Mode
+    amax_history_length: int = 1024
+
+    _kind: ClassVar[str] = "quantized"
+
+    def __init__(
+        self,
+        mode: str,
+        source_name: str | None = None,
+        *,
+        activations: str | None = None,
+        granularity: str | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        loss_scale: LossScale | float | str | None = "auto",
+        output_dtype: Any = None,
+    ):
+        source = source_fields(source_name, loss_scale, output_dtype)
+        scheme = parse_mode(
+            mode,
+            activations=activations,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=symmetric,
+        )
+        if scheme.name in ("int8", "int8_static") and source["compute_dtype"] == "float16":
+            raise ValueError(
+                f"Quantization mode='{scheme.name}' doesn't work well with "
+                "compute_dtype='float16'. Use a bfloat16 or float32 source, such as "
+                "'mixed_bfloat16'."
+            )
+        name = f"{scheme.name}_from_{source['source_name']}"
+        set_fields(self, name=name, mode=scheme.name, scheme=scheme, **source)
+        set_fields(self, symmetric=scheme.symmetric)
+
+    @property
+    def quantization_mode(self) -> str:
+        """The family of the mode: the part before the first slash, as in Keras."""
+        return self.scheme.family
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
+        config = {"mode": self.mode, "source_name": self.source_name}
+        symmetric = {} if self.symmetric else {"symmetric": False}
+        return {**config, **symmetric, **self._source_config()}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
+class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
+    """A float8 policy, with the length of its amax history.
+
+    Delayed scaling takes the scale of a step from the amaxes of the steps before it:
+
+        scale = max(amax_history[:amax_history_length]) / format.max
+
+    Args:
+        mode: `"float8"` (delayed scaling), `"float8/row"` or `"float8/128x128"`.
+        source_name: As in `QuantizedDTypePolicy`.
+        amax_history_length: Steps of history, at least 1.
+        activations: As in `QuantizedDTypePolicy`.
+        granularity: As in `QuantizedDTypePolicy`.
+        group_size: As in `QuantizedDTypePolicy`.
+        symmetric: As in `QuantizedDTypePolicy`.
+        loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
+        output_dtype: As in `DTypePolicy`.
+
+    Raises:
+        TypeError: If `amax_history_length` is not an integer.
+        ValueError: If it is below 1, or if the mode is not a float8 mode.
+
+    References:
+        Micikevicius et al., FP8 Formats for Deep Learning (2022),
+        https://arxiv.org/abs/2209.05433
+    """
+
+    default_amax_history_length: ClassVar[int] = 1024
+
+    def __init__(
+        self,
+        mode: str,
+        source_name: str | None = None,
+        amax_history_length: int = 1024,
+        *,
+        activations: str | None = None,
+        granularity: str | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        loss_scale: LossScale | float | str | None = "auto",
+        output_dtype: Any = None,
+    ):
+        super().__init__(
+            mode,
+            source_name,
+            activations=activations,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=symmetric,
+            loss_scale=loss_scale,
+            output_dtype=output_dtype,
+        )
+        if self.quantization_mode != "float8":
+            raise ValueError(
+                f"QuantizedFloat8DTypePolicy takes a float8 mode. Received: mode={mode!r}. Use "
+                "QuantizedDTypePolicy for the other modes."
+            )
+        _check_history_length(amax_history_length)
+        set_fields(self, amax_history_length=amax_history_length)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
+        return {**super().get_config(), "amax_history_length": self.amax_history_length}
+
+
+def _check_history_length(length: Any) -> None:
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(
+            "`amax_history_length` must be an integer. "
+            f"Received: amax_history_length={length!r} (of type {type(length)})"
+        )
+    if length <= 0:
+        raise ValueError(
+            f"`amax_history_length` must be at least 1. Received: amax_history_length={length}"
+        )

@@ -1,0 +1,120 @@
+"""`wrap` and `unwrap`: the front door, which sends a module to the adapter of its Flax API."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from ._policy import DTypePolicy
+from ._policy_map import FrozenDTypePolicyMap, freeze, require_available
+from ._serialize import get_policy
+
+M = TypeVar("M")
+
+
+def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
+    """Puts a Flax module under a dtype policy, without a change to the module's code.
+
+    Every layer inside follows the policy of its path: floating arguments, and parameters where the
+    layer reads them, are cast to the policy's compute dtype; the parameters themselves stay in the
+    variable dtype, and so do their gradients. Under a quantized policy the products of Dense,
+    DenseGeneral, Einsum and attention projections run in 8 bits (see `quantize`).
+
+    Names, shapes and treedef of the parameters and the call signature are the module's own. A layer
+    whose author set `dtype=`, and a layer that was wrapped by itself, keep their dtype.
+
+    Args:
+      module: a `flax.linen.Module` that is not bound, or a `flax.nnx.Module`. A wrapped module gets
+        the new policy in place of the old one.
+      policy: anything `get_policy` takes: a policy, its name, a config, a dtype, a `DTypePolicyMap`
+        from layer paths to policies. None is the global policy, `dtype_policy()`, as it is now:
+        later changes to it, or to the map, do not reach the wrapped module.
+      strict: False makes a map key that matches no layer a warning instead of an error.
+
+    Returns:
+      Linen: a new module whose class is a subclass of the module's, with the frozen policy as
+      `.policy`. NNX: the same object, changed in place; no weight is copied.
+
+    Raises:
+      TypeError: `module` is neither a Linen nor an NNX module.
+      ValueError: the policy computes in a dtype that is not floating, needs `jax_enable_x64`, or,
+        for NNX, has a map key that reaches no layer (Linen tells at `init`, `apply`, `quantize`).
+      NotImplementedError: the policy names a quantization mode that is not built yet.
+
+    References:
+      Keras mixed precision policies, https://keras.io/api/mixed_precision/policy/
+    """
+    adapter = adapter_of(module)
+    frozen = freeze(get_policy(policy))
+    for each in _policies(frozen):
+        _check_dtypes(each)
+    require_available(frozen)
+    return adapter.wrap(module, frozen, strict=strict)
+
+
+def unwrap(module: M) -> M:
+    """Takes the policy off a module again.
+
+    Args:
+      module: a wrapped Linen module, or a wrapped NNX module, which is changed in place. Modules
+        inside that were wrapped by themselves stay wrapped.
+
+    Returns:
+      Linen: a module of the original class. NNX: the same object, exactly as it was.
+
+    Raises:
+      TypeError: `module` is neither a Linen nor an NNX module.
+      ValueError: `module` is not wrapped.
+    """
+    return wrapped_adapter_of(module).unwrap(module)
+
+
+def adapter_of(module: Any) -> ModuleType:
+    """`mpjax.linen._adapter` or `mpjax.nnx._adapter`; raises TypeError for any other object."""
+    for api in ("linen", "nnx"):
+        flax_api = sys.modules.get(f"flax.{api}")  # an instance exists only once it is imported
+        if flax_api is not None and isinstance(module, flax_api.Module):
+            return importlib.import_module(f"mpjax.{api}._adapter")
+    hint = ""
+    if isinstance(module, type):
+        hint = f"; that is a class: pass an instance, {module.__name__}(...)"
+    raise TypeError(
+        "`module` must be a flax.linen.Module or a flax.nnx.Module, but got "
+        f"{module!r} of type {type(module).__name__}{hint}"
+    )
+
+
+def wrapped_adapter_of(module: Any) -> ModuleType:
+    """`adapter_of`, for a module that must be wrapped."""
+    adapter = adapter_of(module)
+    if not adapter.is_wrapped(module):
+        raise ValueError(
+            f"{type(module).__name__} is not wrapped: call `mp.wrap(module, policy)` first"
+        )
+    return adapter
+
+
+def _policies(policy: Any) -> tuple[DTypePolicy, ...]:
+    if isinstance(policy, FrozenDTypePolicyMap):
+        return (policy.default_policy, *policy.values())
+    return (policy,)
+
+
+def _check_dtypes(policy: DTypePolicy) -> None:
+    for role in ("compute", "variable", "output"):
+        dtype = getattr(policy, f"{role}_dtype")
+        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            raise ValueError(
+                f"policy {policy!r} has {role} dtype {dtype}: a module can only be wrapped with "
+                "floating-point policies, such as 'mixed_bfloat16'; for integer weights use a "
+                "quantized policy, such as 'int8_from_mixed_bfloat16'"
+            )
+        if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError(
+                f"policy {policy!r} has {role} dtype float64, which JAX turns into float32 unless "
+                "the flag jax_enable_x64 is set: call jax.config.update('jax_enable_x64', True) "
+                "at startup"
+            )

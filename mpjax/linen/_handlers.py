@@ -1,0 +1,141 @@
+"""What each kind of Linen layer does under a policy, and the registry of handlers.
+
+A handler is called in place of a layer's method:
+
+    def handler(layer: Layer, call, args, kwargs):
+        ...                              # `call(*args, **kwargs)` is the layer's own method
+
+with floating arguments already cast to the compute dtype. The default handler makes the layer read
+its parameters in the compute dtype, which is all that Dense, Conv, Embed, recurrent cells and a
+user's own modules need: Flax computes in the dtype in which its operands arrive.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from .._adapters import is_half
+from .._attention import linen_attention
+from .._cast import cast_floating
+from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
+from ._layer import Layer, lent
+
+Call = Callable[..., Any]
+Handler = Callable[[Layer, Call, tuple[Any, ...], Mapping[str, Any]], Any]
+
+_HANDLERS: dict[type, Handler] = {}
+
+
+def register(*layer_types: type) -> Callable[[Handler], Handler]:
+    """Registers a handler for Linen layer types and their subclasses.
+
+    Args:
+      *layer_types: subclasses of `flax.linen.Module`; a type registered again gets the new handler.
+
+    Returns:
+      A decorator that returns the handler unchanged.
+
+    Raises:
+      TypeError: one of them is not a Linen module class.
+    """
+    for layer_type in layer_types:
+        if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+            raise TypeError(
+                f"`register` takes subclasses of flax.linen.Module, but got {layer_type!r}"
+            )
+
+    def decorate(handler: Handler) -> Handler:
+        _HANDLERS.update(dict.fromkeys(layer_types, handler))
+        return handler
+
+    return decorate
+
+
+def handler_of(module: nn.Module) -> Handler:
+    """The handler of the nearest registered type among the module's bases, else `default`."""
+    for base in type(module).__mro__:
+        if base in _HANDLERS:
+            return _HANDLERS[base]
+    return default
+
+
+def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Runs the layer with its parameters read in the compute dtype."""
+    with lent(layer.module, param=layer.param()):
+        return call(*args, **kwargs)
+
+
+@register(nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+def _norm(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Statistics, scale and bias stay float32, as Flax does given `dtype=`; the output does not."""
+    with lent(layer.module, param=layer.param(cast=False), dtype=layer.policy.compute_dtype):
+        return call(*args, **kwargs)
+
+
+@register(nn.Dense, nn.DenseGeneral)
+def _dot(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    module: Any = layer.module
+    author = module.dot_general is not None or module.dot_general_cls is not None
+    if layer.policy.quantization_mode is None or author:
+        return default(layer, call, args, kwargs)
+    compute_dtype = layer.policy.compute_dtype
+    with lent(
+        module,
+        param=layer.param(cast=False),
+        promote_dtype=PromoteAroundKernel(compute_dtype, variadic=True),
+        dot_general=Int8DotGeneral(compute_dtype, layer.full_path),
+    ):
+        return call(*args, **kwargs)
+
+
+@register(nn.Einsum)
+def _einsum(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`nn.Einsum` has no door for another einsum, so its few lines are written out here."""
+    if layer.policy.quantization_mode is None or layer.method != "__call__":
+        return default(layer, call, args, kwargs)
+    return _quantized_einsum(layer, *args, **kwargs)
+
+
+def _quantized_einsum(layer: Layer, inputs: Any, einsum_str: str | None = None) -> Any:
+    module: Any = layer.module
+    equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str).replace(" ", "")
+    param = layer.param(cast=False)
+    kernel = param("kernel", module.kernel_init, module.shape, module.param_dtype)
+    einsum = Int8Einsum(layer.policy.compute_dtype, layer.full_path)
+    inputs = jnp.asarray(inputs, layer.policy.compute_dtype)
+    y = einsum(equation, inputs, kernel, preferred_element_type=module.preferred_element_type)
+    if module.use_bias:
+        shape, broadcast = module._get_bias_shape(equation, inputs, kernel)
+        bias = param("bias", module.bias_init, shape, module.param_dtype)
+        y += jnp.reshape(bias.astype(y.dtype), broadcast)
+    return y
+
+
+@register(nn.MultiHeadDotProductAttention)
+def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The projections are layers of their own; this one sees to the softmax and the cache."""
+    module: Any = layer.module
+    author = (
+        module.attention_fn is not nn.dot_product_attention
+        or module.qk_attn_weights_einsum_cls is not None
+    )
+    attention = {} if author or not is_half(layer.policy) else {"attention_fn": linen_attention}
+    with lent(module, variable=layer.variable(), **attention):
+        return default(layer, call, args, kwargs)
+
+
+@register(nn.RNN)
+def _rnn(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`nn.scan` wants the carry that enters in the dtype of the one that leaves."""
+    cell: Any = layer.module.cell  # pyright: ignore[reportAttributeAccessIssue]
+    if cell.dtype is not None:
+        return default(layer, call, args, kwargs)
+    own_initialize_carry = cell.initialize_carry
+
+    def initialize_carry(*args: Any, **kwargs: Any) -> Any:
+        return cast_floating(own_initialize_carry(*args, **kwargs), layer.policy.compute_dtype)
+
+    with lent(cell, initialize_carry=initialize_carry):
+        return default(layer, call, args, kwargs)

@@ -1,0 +1,115 @@
+"""What a handler is told about a layer, and how it lends the layer other attributes for one call."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import mpjax_kernels as mk
+
+from .._cast import cast_floating
+from .._policy import DTypePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One call of one method of a bound Linen module inside a wrapped model.
+
+    Attributes:
+      module: the bound module; its fields, `param` and `variable` are at the handler's disposal.
+      method: name of the method called (`"__call__"`, `"setup"`, `"attend"`, ...).
+      path: the module's path from the wrapped module, `"encoder/Dense_0"`.
+      full_path: its path from the root of the tree of parameters.
+      policy: the policy that the path resolved to.
+    """
+
+    module: nn.Module
+    method: str
+    path: str
+    full_path: str
+    policy: DTypePolicy
+
+    def param(self, *, cast: bool = True) -> Callable[..., Any]:
+        """A stand-in for `module.param` that follows the policy.
+
+        A parameter created here in float32, Flax's default, is created in the variable dtype
+        instead; one that its author created in another dtype keeps it. What is read comes in the
+        compute dtype (`cast`), while the stored parameter, and so its gradient, does not change.
+        """
+
+        def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.policy.variable_dtype != "float32":
+                init_fn = _initialized_in(self.policy.variable_dtype, init_fn)
+            value = nn.Module.param(self.module, name, init_fn, *args, **kwargs)
+            self._check_quantized(name, value)
+            return cast_floating(value, self.policy.compute_dtype) if cast else value
+
+        return param
+
+    def variable(self) -> Callable[..., Any]:
+        """A stand-in for `module.variable`: floats read in the compute dtype, kept in their own."""
+
+        def variable(collection: str, name: str, *args: Any, **kwargs: Any) -> Any:
+            own = nn.Module.variable(self.module, collection, name, *args, **kwargs)
+            return _CastVariable(own, self.policy.compute_dtype)
+
+        return variable
+
+    def _check_quantized(self, name: str, value: Any) -> None:
+        if isinstance(value, mk.QTensor) and self.policy.quantization_mode is None:
+            raise TypeError(
+                f"parameter '{name}' of layer '{self.full_path}' is quantized ({value!r}), but the "
+                f"layer's policy is {self.policy!r}: apply quantized variables with the model that "
+                "`mp.quantize` was given, or wrap this one with the same quantized policy"
+            )
+
+
+class _CastVariable:
+    """A Linen variable that reads in another dtype, and is written back in its own."""
+
+    def __init__(self, variable: Any, dtype: str):
+        self._variable, self._dtype = variable, dtype
+
+    @property
+    def value(self) -> Any:
+        return cast_floating(self._variable.value, self._dtype)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        stored = jax.tree.leaves(self._variable.value)[0].dtype
+        self._variable.value = (
+            cast_floating(value, stored) if jnp.issubdtype(stored, jnp.floating) else value
+        )
+
+
+def _initialized_in(dtype: str, init_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def init(*args: Any, **kwargs: Any) -> Any:
+        def convert(x: Any) -> Any:
+            return x.astype(dtype) if getattr(x, "dtype", None) == jnp.float32 else x
+
+        return jax.tree.map(convert, init_fn(*args, **kwargs))
+
+    return init
+
+
+@contextlib.contextmanager
+def lent(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Gives a bound module instance other attributes for the length of one call.
+
+    Only the instance that Flax made for this `apply` is touched, never its class.
+    """
+    before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+    for name, value in attributes.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            if name in before:
+                object.__setattr__(module, name, before[name])
+            else:
+                object.__delattr__(module, name)

@@ -1,0 +1,107 @@
+"""`quantize` and `layer_policies` for Linen: trace one call, and see which layers it meets."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import errors
+from flax.core import FrozenDict, freeze, meta, unfreeze
+
+from .._context import Observation, Product, observe
+from .._paths import join, nodes
+from .._policy import DTypePolicy
+from .._policy_map import resolve
+from .._quantize import quantize_weight
+from ._wrap import policy_of
+
+
+def quantize(
+    model: nn.Module, variables: Mapping[str, Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """See `mpjax.quantize`."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise TypeError(
+            "`variables` must be what `init` returned, a dict with 'params', but got "
+            f"{type(variables).__name__}: call mp.quantize(model, variables, x)"
+        )
+    observation = trace(model, variables, *args, **kwargs)
+    if not observation.products:
+        raise ValueError(
+            f"no layer of {type(model).__name__} that this call meets can be quantized: the "
+            "policy quantizes Dense, DenseGeneral, Einsum and attention projections"
+        )
+    params = unfreeze(variables["params"])
+    for path, product in observation.products.items():
+        _replace(params, path, product)
+    if isinstance(variables, FrozenDict):
+        return freeze({**variables, "params": params})
+    return {**variables, "params": params}
+
+
+def trace(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Observation:
+    """Traces one `apply` by `jax.eval_shape` and returns what its layers reported."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
+
+    def apply(variables: Any, arrays: Mapping[int, Any]) -> Any:
+        call = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(treedef, call)
+        return model.apply(variables, *args, **kwargs)
+
+    with observe() as observation:
+        _trace(lambda: jax.eval_shape(apply, variables, arrays), model)
+    return observation
+
+
+def _trace(run: Callable[[], Any], model: nn.Module) -> None:
+    try:
+        run()
+    except (
+        errors.ScopeParamNotFoundError,
+        errors.ScopeCollectionNotFound,
+        errors.ScopeParamShapeError,
+    ) as error:
+        raise ValueError(
+            f"these variables do not fit {type(model).__name__}: {error} Are they the parameters "
+            "of another model?"
+        ) from error
+
+
+def _replace(params: dict[str, Any], path: str, product: Product) -> None:
+    owner = params
+    for name in path.split("/") if path else ():
+        owner = owner[name]
+    boxed = owner["kernel"]
+    kernel = meta.unbox(boxed)
+    name = f"params/{path}/kernel" if path else "params/kernel"
+    stacked = kernel.ndim - len(product.shape)
+    if kernel.shape[stacked:] != product.shape:
+        raise NotImplementedError(
+            f"'{name}' is stored as {kernel.shape} but its layer sees {product.shape}: a stack of "
+            "layers must have its layers along the leading axes (variable_axes={'params': 0})"
+        )
+    contracting = tuple(axis - len(product.shape) for axis in product.contracting)
+    quantized = quantize_weight(kernel, contracting, name)
+    is_boxed = isinstance(boxed, meta.AxisMetadata)
+    owner["kernel"] = boxed.replace_boxed(quantized) if is_boxed else quantized
+
+
+def layer_policies(
+    model: nn.Module, variables: Mapping[str, Any] | None, *args: Any, **kwargs: Any
+) -> dict[str, DTypePolicy]:
+    """See `mpjax.layer_policies`."""
+    if variables is None:
+        raise TypeError(
+            "a Linen module does not hold its layers: call mp.layer_policies(model, variables), "
+            "with what `init` returned or its shapes"
+        )
+    params = variables.get("params", {})
+    owners = [join(path) for path, owns in nodes(params) if owns]
+    policies = {path: resolve(policy_of(model), path) for path in owners}
+    if not args and not kwargs:
+        return policies
+    observed = trace(model, variables, *args, **kwargs).policies
+    return {path: observed.get(path, own) for path, own in policies.items()}

@@ -1,0 +1,171 @@
+"""`wrap` for Linen: a dynamic subclass whose methods run under `nn.intercept_methods`.
+
+The subclass has the user's class name, fields and methods, so parameter names, treedefs and call
+signatures are the unwrapped module's. `apply`, `init` and every public method enter, once,
+
+  1. a `Frame` in `mpjax._context.active`, which is part of jit's cache keys, and
+  2. Flax's own `nn.intercept_methods`, with the interceptor of `_intercept.py`.
+
+A module wrapped inside a wrapped one enters its own frame, and the outer interceptor stands back.
+The policy lives in the class, so that Flax's `clone` (which calls the class) keeps it, and the
+class is made once per class and policy, so that equal wrapped modules are equal.
+"""
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from .._adapters import BASE, POLICY, STRICT, PolicyAttribute, no_effect_message
+from .._context import Frame, active, current_observation
+from .._paths import check_keys, join, nodes
+from ._intercept import Visits, interceptor
+
+
+def wrap(module: nn.Module, policy: Any, *, strict: bool) -> nn.Module:
+    """Returns `module` under a frozen policy; a wrapped module gets the new policy instead."""
+    if module.scope is not None:
+        raise ValueError(
+            f"{type(module).__name__} (named {module.name!r}) already belongs to a bound parent, "
+            "so wrapping it would rename its parameters. Inside a @nn.compact method create it "
+            f"unattached: mp.wrap({type(module).__name__}(..., parent=None), policy); a model that "
+            "came from `bind` is wrapped before it is bound"
+        )
+    base = base_class(type(module))
+    return _construct(_wrapped_class(base, policy, strict), module)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Returns the module as it was before `wrap`."""
+    return _construct(base_class(type(module)), module)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `module` is an instance that `wrap` made."""
+    return hasattr(type(module), POLICY)
+
+
+def policy_of(module: nn.Module) -> Any:
+    """The frozen policy of a wrapped module."""
+    return getattr(type(module), POLICY)
+
+
+def base_class(cls: type) -> type:
+    """The user's class behind a wrapped one; any other class is itself."""
+    return getattr(cls, BASE, cls)
+
+
+def _construct(cls: type, module: nn.Module) -> nn.Module:
+    fields = {
+        name: getattr(module, name)
+        for name, field in module.__dataclass_fields__.items()
+        if field.init and name not in ("parent", "name")
+    }
+    return cls(**fields, name=module.name)
+
+
+@functools.cache
+def _wrapped_class(base: type[nn.Module], policy: Any, strict: bool) -> type[nn.Module]:
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__eq__": base.__eq__,
+        "__hash__": base.__hash__,
+        BASE: base,
+        POLICY: policy,
+        STRICT: strict,
+        "apply": _entering_apply(base.apply),
+        "init_with_output": _entering_init(base.init_with_output),
+    }
+    for name in _public_methods(base):
+        namespace[name] = _entering(getattr(base, name))
+    if not hasattr(base, "policy") and "policy" not in base.__dataclass_fields__:
+        namespace["policy"] = PolicyAttribute(policy)
+    return type(base)(base.__name__, (base,), namespace)
+
+
+def _public_methods(base: type) -> list[str]:
+    """The user's own methods that can start a computation, inherited ones included."""
+    fields = getattr(base, "__dataclass_fields__", {})
+    names = [name for cls in base.__mro__ if issubclass(cls, nn.Module) for name in vars(cls)]
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if (name == "__call__" or not name.startswith("_"))
+        and name not in fields
+        and name != "setup"
+        and (name == "__call__" or not hasattr(nn.Module, name))
+        and inspect.isfunction(inspect.getattr_static(base, name))
+        and not hasattr(getattr(base, name), "nowrap")
+    ]
+
+
+def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
+    @nn.nowrap
+    @functools.wraps(method)
+    def entering(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.scope is None:  # Flax's own error says it best
+            return method(self, *args, **kwargs)
+        with _entered(self) as visits:
+            output = method(self, *args, **kwargs)
+            if visits is not None:
+                _check(self, self.variables.get("params", {}), visits)
+        return output
+
+    return entering
+
+
+def _entering_apply(apply: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(apply)
+    def entering(self: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with _entered(self) as visits:
+            output = apply(self, variables, *args, **kwargs)
+            if visits is not None:
+                _check(self, variables.get("params", {}), visits)
+        return output
+
+    return nn.nowrap(entering)
+
+
+def _entering_init(init_with_output: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(init_with_output)
+    def entering(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _entered(self) as visits:
+            output, variables = init_with_output(self, *args, **kwargs)
+            if visits is not None:
+                _check(self, variables.get("params", {}), visits)
+        return output, variables
+
+    return nn.nowrap(entering)
+
+
+@contextlib.contextmanager
+def _entered(module: nn.Module) -> Iterator[Visits | None]:
+    """Opens the module's frame, and yields its visits; None where the frame is open already."""
+    root = module.path if module.scope is not None else ()
+    frame = Frame(policy_of(module), root, current_observation())
+    if active.value == frame:
+        yield None
+        return
+    visits = Visits()
+    with active(frame), nn.intercept_methods(interceptor(frame, visits)):
+        yield visits
+
+
+def _check(module: nn.Module, params: Mapping[str, Any], visits: Visits) -> None:
+    """Every key of the policy map reaches a layer, and the policy reaches some layer."""
+    name = type(module).__name__
+    owners = {join(path): owns for path, owns in nodes(params)}
+    seen = [*owners, *visits.kept]
+    parents = {path.rpartition("/")[0] for path in seen if path}
+    layers = [p for p in seen if owners.get(p) or (p not in parents and p not in owners)]
+    containers = [p for p in seen if p not in layers]
+    check_keys(policy_of(module), layers, containers, name, strict=getattr(module, STRICT))
+    called = [p for p in visits.kept if owners.get(p)]
+    if called and all(visits.kept[p] for p in called):
+        warnings.warn(no_effect_message(name, called), stacklevel=4)

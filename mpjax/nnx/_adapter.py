@@ -1,0 +1,8 @@
+"""What `mpjax` calls for a NNX module."""
+
+from ._quantize import quantize as quantize
+from ._wrap import is_wrapped as is_wrapped
+from ._wrap import layer_policies as layer_policies
+from ._wrap import policy_of as policy_of
+from ._wrap import unwrap as unwrap
+from ._wrap import wrap as wrap

@@ -1,0 +1,115 @@
+"""What each kind of NNX layer is lent under a policy, and the registry of rules.
+
+A rule is told a layer and its policy and returns the attributes to lend it:
+
+    def rule(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]: ...
+
+A module without a rule reads its own parameters in the compute dtype; one with a rule is trusted
+to cast them. Floating arguments are cast for both.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from .._adapters import is_half
+from .._attention import nnx_attention
+from .._cast import cast_array
+from .._policy import DTypePolicy
+from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
+
+Rule = Callable[[nnx.Module, DTypePolicy], dict[str, Any]]
+
+_RULES: dict[type, Rule] = {}
+
+
+def register(*layer_types: type) -> Callable[[Rule], Rule]:
+    """Registers a rule for NNX layer types and their subclasses.
+
+    Args:
+      *layer_types: subclasses of `flax.nnx.Module`; a type registered again gets the new rule.
+
+    Returns:
+      A decorator that returns the rule unchanged.
+
+    Raises:
+      TypeError: one of them is not an NNX module class.
+    """
+    for layer_type in layer_types:
+        if not (isinstance(layer_type, type) and issubclass(layer_type, nnx.Module)):
+            raise TypeError(
+                f"`register` takes subclasses of flax.nnx.Module, but got {layer_type!r}"
+            )
+
+    def decorate(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(layer_types, rule))
+        return rule
+
+    return decorate
+
+
+def rule_of(base: type) -> Rule | None:
+    """The rule of the nearest registered type among the bases of a module class, or None."""
+    return next((_RULES[cls] for cls in base.__mro__ if cls in _RULES), None)
+
+
+def computes_in(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
+    """The rule of layers that cast their input and parameters to `dtype` themselves."""
+    del layer
+    return {"dtype": jnp.dtype(policy.compute_dtype)}
+
+
+register(nnx.Conv, nnx.ConvTranspose, nnx.Embed)(computes_in)
+
+
+@register(nnx.Linear, nnx.LinearGeneral)
+def _dot(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
+    lent = computes_in(layer, policy)
+    author = layer.dot_general not in (None, lax.dot_general) or (
+        getattr(layer, "dot_general_cls", None) is not None
+    )
+    if policy.quantization_mode is not None and not author:
+        lent["promote_dtype"] = PromoteAroundKernel(policy.compute_dtype, variadic=False)
+        lent["dot_general"] = Int8DotGeneral(policy.compute_dtype)
+    return lent
+
+
+@register(nnx.Einsum)
+def _einsum(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
+    lent = computes_in(layer, policy)
+    if policy.quantization_mode is not None and layer.einsum_op is jnp.einsum:
+        lent["promote_dtype"] = PromoteAroundKernel(policy.compute_dtype, variadic=False)
+        lent["einsum_op"] = Int8Einsum(policy.compute_dtype)
+    return lent
+
+
+@register(nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+def _norm(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
+    """Statistics, scale, bias and running averages stay float32; the input and output do not.
+
+    Flax's own `promote_dtype` would round the running averages to the compute dtype.
+    """
+    return computes_in(layer, policy) | {"promote_dtype": promote_input}
+
+
+def promote_input(arrays: tuple[Any, ...], *, dtype: Any = None, **_: Any) -> tuple[Any, ...]:
+    """A norm's `promote_dtype`: casts the input, the first of the arrays, and nothing else."""
+    return (cast_array(arrays[0], dtype), *arrays[1:])
+
+
+@register(nnx.MultiHeadAttention)
+def _attention(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
+    """The projections are layers of their own; this one sees to the softmax."""
+    if layer.attention_fn is not nnx.dot_product_attention or not is_half(policy):
+        return {}
+    return {"attention_fn": nnx_attention}
+
+
+@register(nnx.RNNCellBase)
+def _cell(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
+    """Once built, a cell uses `param_dtype` for one thing, `initialize_carry`."""
+    del layer
+    return {"param_dtype": jnp.dtype(policy.compute_dtype)}

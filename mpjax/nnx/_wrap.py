@@ -1,0 +1,109 @@
+"""`wrap` for NNX: gives every module in the graph the class that its path's policy asks for."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from .._adapters import POLICY, ROOT, no_effect_message, output_dtype_at
+from .._paths import check_keys, join
+from .._policy import DTypePolicy
+from .._policy_map import resolve
+from ._classes import base_class, cast_on_read, module_class, own_variables, set_class
+from ._rules import rule_of
+
+
+def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
+    """Puts `module` under a frozen policy, in place; see `mpjax.wrap`."""
+    modules = dict(_own_modules(module))
+    layers = [join(path) for path, m in modules.items() if is_layer(m)]
+    containers = [join(path) for path, m in modules.items() if not is_layer(m)]
+    name = base_class(module).__name__
+    check_keys(policy, layers, containers, name, strict=strict)
+    resolved = {path: resolve(policy, join(path)) for path in modules}  # may raise: before any change
+    if is_wrapped(module):
+        unwrap(module)
+    for path, each in modules.items():
+        root = policy if each is module else None
+        if root is None and author_dtype(each) is not None:
+            continue
+        _adopt(each, resolved[path], output_dtype_at(policy, join(path)), root)
+    kept = [join(path) for path, m in modules.items() if _parameters(m) and author_dtype(m)]
+    if kept and len(kept) == sum(1 for m in modules.values() if _parameters(m)):
+        warnings.warn(no_effect_message(name, kept), stacklevel=3)
+    return module
+
+
+def unwrap(module: nnx.Module) -> nnx.Module:
+    """Gives every object of the graph its own class back."""
+    for _, each in _own_modules(module):
+        set_class(each, base_class(each))
+        for variable in own_variables(each):
+            set_class(variable, base_class(variable))
+    return module
+
+
+def is_wrapped(module: nnx.Module) -> bool:
+    """Whether `wrap` was called on this very module."""
+    return getattr(type(module), ROOT, None) is not None
+
+
+def policy_of(module: nnx.Module) -> Any:
+    """The frozen policy of a wrapped module."""
+    return getattr(type(module), ROOT)
+
+
+def layer_policies(module: nnx.Module, variables: Any = None) -> dict[str, DTypePolicy]:
+    """See `mpjax.layer_policies`."""
+    if variables is not None:
+        raise TypeError("an NNX model holds its layers: call mp.layer_policies(model)")
+    policies = {}
+    for path, each in nnx.iter_modules(module):
+        own = author_dtype(each)
+        if is_layer(each):
+            policies[join(path)] = DTypePolicy(own) if own else getattr(type(each), POLICY)
+    return policies
+
+
+def author_dtype(module: nnx.Module) -> str | None:
+    """The dtype that the module's author gave it by `dtype=`, by name, or None."""
+    dtype = vars(module).get("dtype")
+    if dtype is None or (
+        isinstance(module, nnx.Embed) and dtype == module.embedding.get_raw_value().dtype
+    ):  # `nnx.Embed` fills in the table's dtype where its author gave none
+        return None
+    return jnp.dtype(dtype).name
+
+
+def is_layer(module: nnx.Module) -> bool:
+    """Whether the module owns parameters, or contains no other module."""
+    return bool(_parameters(module)) or sum(1 for _ in nnx.iter_modules(module)) == 1
+
+
+def _own_modules(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
+    """The modules of the graph, less those of modules inside that were wrapped by themselves."""
+    nested: list[tuple[Any, ...]] = []
+    for path, each in nnx.iter_modules(module):
+        inside = any(path[: len(root)] == root for root in nested)
+        if each is not module and is_wrapped(each) and not inside:
+            nested.append(path)
+            inside = True
+        if not inside:
+            yield path, each
+
+
+def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any) -> None:
+    base = base_class(module)
+    rule = rule_of(base) if author_dtype(module) is None else None
+    lent = {} if rule is None else rule(module, policy)
+    set_class(module, module_class(base, policy, tuple(lent.items()), output_dtype, root))
+    if rule is None and author_dtype(module) is None:
+        cast_on_read(module, nnx.Param, policy.compute_dtype)
+    if isinstance(module, nnx.MultiHeadAttention):
+        cast_on_read(module, nnx.Cache, policy.compute_dtype)
+
+
+def _parameters(module: nnx.Module) -> list[nnx.Variable]:
+    return [v for v in own_variables(module) if isinstance(v, nnx.Param)]

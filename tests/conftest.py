@@ -1,0 +1,23 @@
+"""Shared fixtures. JAX reads XLA_FLAGS once, so they are set before it is imported."""
+
+import os
+
+_DEVICES = "--xla_force_host_platform_device_count=2"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def strict_promotion():
+    """Makes implicit dtype promotion an error. Opt-in: Flax's norms and optax rely on it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def key():
+    """A PRNG key, the same in every run."""
+    return jax.random.key(0)

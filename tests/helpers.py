@@ -1,0 +1,42 @@
+"""What several test modules share."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+
+def assert_trees_equal(actual: Any, expected: Any) -> None:
+    """Same structure, dtypes and values, bit for bit (NaN equals NaN)."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert a.dtype == b.dtype, (path, a.dtype, b.dtype)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr, those of inner jaxprs (jit, scan, remat, custom rules) too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: isinstance(x, jex.Jaxpr | jex.ClosedJaxpr),
+        ):
+            if isinstance(value, jex.ClosedJaxpr):
+                yield from equations(value.jaxpr)
+            elif isinstance(value, jex.Jaxpr):
+                yield from equations(value)
+
+
+def dot_dtypes(function: Any, *args: Any) -> list[tuple[str, str]]:
+    """Operand dtypes of every dot_general that `function(*args)` traces to."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return [
+        tuple(v.aval.dtype.name for v in eqn.invars)  # pyright: ignore
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
