@@ -1,0 +1,13 @@
+"""Quantized arrays and the products between them: arrays in, arrays out, JAX only."""
+
+from ._dot_general import dot_general as dot_general
+from ._einsum import contracting_axes as contracting_axes
+from ._einsum import einsum as einsum
+from ._einsum import matmul as matmul
+from ._formats import Format as Format
+from ._formats import get_format as get_format
+from ._formats import int8 as int8
+from ._qtensor import QTensor as QTensor
+from ._qtensor import validate as validate
+from ._quantize import dequantize as dequantize
+from ._quantize import quantize as quantize

@@ -1,0 +1,30 @@
+"""The product that every other implementation is measured against."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ._contraction import Contraction
+from ._qtensor import QTensor
+from ._quantize import dequantize
+
+
+def reference_dot_general(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, dtype: np.dtype
+) -> Array:
+    """Dequantizes to float32, multiplies in full float32, casts to `dtype`. Takes everything."""
+    result = jax.lax.dot_general(
+        _float32(lhs),
+        _float32(rhs),
+        contraction.dimension_numbers,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return result.astype(dtype)
+
+
+def _float32(operand: Array | QTensor) -> Array:
+    if isinstance(operand, QTensor):
+        return dequantize(operand, jnp.float32)
+    return operand.astype(jnp.float32)

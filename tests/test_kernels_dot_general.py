@@ -1,0 +1,338 @@
+"""dot_general, einsum and matmul: exactness, conformance, dispatch and refusals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpjax_kernels as mk
+from mpjax_kernels._dot_general import IMPLEMENTATIONS
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+MATRIX = (((1,), (0,)), ((), ()))
+U = 2.0**-24  # float32 rounds with a relative error of at most U
+
+# lhs shape, rhs shape, dimension numbers: prime, batched, permuted, single vectors, empty
+CASES = [
+    ((5, 16), (16, 7), MATRIX),
+    ((3, 131), (131, 17), MATRIX),
+    ((1, 37), (37, 5), MATRIX),
+    ((5, 37), (37, 1), MATRIX),
+    ((37,), (37, 5), (((0,), (0,)), ((), ()))),
+    ((37,), (37,), (((0,), (0,)), ((), ()))),
+    ((2, 3, 11), (2, 11, 5), (((2,), (1,)), ((0,), (0,)))),
+    ((2, 1, 11), (2, 11, 5), (((2,), (1,)), ((0,), (0,)))),
+    ((11, 2, 3), (5, 11, 2), (((0,), (-2,)), ((1,), (-1,)))),
+    ((2, 3, 4, 5), (4, 6, 5), (((3, 2), (2, 0)), ((), ()))),
+    ((4, 3, 1), (3, 4, 1, 2), (((2,), (2,)), ((0, 1), (1, 0)))),
+    ((3,), (4,), (((), ()), ((), ()))),
+    ((0, 4), (4, 3), MATRIX),
+    ((2, 0), (0, 3), MATRIX),
+]
+
+
+def normal(*shape: int) -> jax.Array:
+    """Random numbers from NumPy: jax.random would compile a program for every shape."""
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def quantize_both(x, w, x_axis=None, w_axis=None) -> tuple[mk.QTensor, mk.QTensor]:
+    return mk.quantize(x, axis=x_axis), mk.quantize(w, axis=w_axis)
+
+
+# One compiled program instead of one per operation: eager dispatch is slow on a cold cache.
+matmul = jax.jit(mk.matmul, static_argnames=("implementation", "preferred_element_type"))
+
+
+def dot_general(q: mk.QTensor, r: mk.QTensor, dims, implementation: str) -> jax.Array:
+    return jax.jit(lambda q, r: mk.dot_general(q, r, dims, implementation=implementation))(q, r)
+
+
+def exact(q: mk.QTensor) -> np.ndarray:
+    """The number that a QTensor stands for, without the float32 rounding of dequantize."""
+    return np.asarray(q.values, np.float64) * np.asarray(q.scale, np.float64)
+
+
+def numpy_dot_general(lhs: np.ndarray, rhs: np.ndarray, dims) -> np.ndarray:
+    """The definition of dot_general, by numpy.einsum."""
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dims
+    left = list(range(lhs.ndim))
+    right = [100 + i for i in range(rhs.ndim)]
+    for a, b in zip((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch), strict=True):
+        right[b] = left[a]
+    contracted = [left[a] for a in lhs_contract]
+    batch = [left[a] for a in lhs_batch]
+    free = [label for label in left + right if label not in contracted + batch]
+    relabel = {label: i for i, label in enumerate(dict.fromkeys(left + right))}
+    terms = ([relabel[label] for label in part] for part in (left, right, batch + free))
+    left, right, out = terms
+    return np.einsum(lhs, left, rhs, right, out)
+
+
+# How far each implementation may be from the exact result, from the number of terms, the size of
+# the result, and the sum of the magnitudes of its terms.
+ERROR = {
+    # The int32 sum to float32, times one scale, times the other: (1 + U)**3 - 1 < 3.01 U.
+    "xla": lambda terms, result, magnitude: 3.01 * U * np.abs(result),
+    # Two dequantized factors, their product, K - 1 sums in any order: (K + 2) U to first order;
+    # one more U covers the rest.
+    "reference": lambda terms, result, magnitude: (terms + 3) * U * magnitude,
+}
+
+
+@pytest.mark.parametrize(("lhs_shape", "rhs_shape", "dims"), CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_implementation_conforms(lhs_shape, rhs_shape, dims, implementation):
+    contracted = map(tuple, dims[0])
+    q, r = quantize_both(normal(*lhs_shape), normal(*rhs_shape), *contracted)
+    result = dot_general(q, r, dims, implementation)
+    expected = numpy_dot_general(exact(q), exact(r), dims)
+    assert result.shape == expected.shape and result.dtype == jnp.float32
+    terms = np.prod([lhs_shape[a] for a in dims[0][0]])
+    magnitude = numpy_dot_general(np.abs(exact(q)), np.abs(exact(r)), dims)
+    difference = np.abs(np.asarray(result, np.float64) - expected)
+    assert (difference <= ERROR[implementation](terms, expected, magnitude)).all()
+
+
+@pytest.mark.parametrize(("rows", "terms"), [(1, 1040), (3, 1040), (1, 20011), (2, 20011)])
+def test_int8_accumulation_is_exact(rows, terms):
+    rng = np.random.default_rng(terms)
+    x = rng.choice(np.asarray([-127, 126, 127], np.int8), (rows, terms))
+    w = rng.choice(np.asarray([-127, 127], np.int8), (terms, 3))
+    x[0], w[:, 0] = 127, 127  # the largest sum there is
+    expected = x.astype(np.int64) @ w.astype(np.int64)
+    assert expected[0, 0] == 127**2 * terms
+    one = jnp.ones((1, 1), jnp.float32)
+    q, r = (mk.QTensor(jnp.asarray(v), one, np.dtype("float32")) for v in (x, w))
+    # With scales of 1 the only rounding is int32 to float32; at 1040 terms there is none.
+    np.testing.assert_array_equal(matmul(q, r, implementation="xla"), np.float32(expected))
+
+
+def test_more_terms_than_int32_can_hold_go_to_the_reference():
+    limit = (2**31 - 1) // 127**2
+    for terms, fits in ((limit, True), (limit + 1, False)):
+        q = mk.quantize(jnp.ones((2, terms)))
+        if fits:
+            expected = np.float32(127**2 * terms) * np.float32(q.scale[0, 0]) ** 2
+            assert mk.matmul(q, q.T, implementation="xla")[0, 0] == pytest.approx(expected, rel=U)
+        else:
+            with pytest.raises(NotImplementedError, match=f"{terms} terms: more than {limit} can"):
+                mk.matmul(q, q.T, implementation="xla")
+        np.testing.assert_allclose(mk.matmul(q, q.T), terms, rtol=terms * U)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_non_finite_input_reaches_its_outputs_and_no_others(bad, implementation):
+    x = normal(4, 8).at[1, 3].set(bad)
+    w = normal(8, 3).at[5, 2].set(bad)
+    q, r = quantize_both(x, w, 1, 0)
+    expected = np.zeros((4, 3), bool)
+    expected[1], expected[:, 2] = True, True
+    result = matmul(q, r, implementation=implementation)
+    np.testing.assert_array_equal(~np.isfinite(result), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_zeros_stay_exact_zeros(implementation):
+    q = mk.quantize(jnp.zeros((4, 8)), axis=1)
+    r = mk.quantize(normal(8, 3), axis=0)
+    np.testing.assert_array_equal(matmul(q, r, implementation=implementation), np.zeros((4, 3)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_result_dtype_is_asked_for_or_follows_the_logical_dtypes(implementation):
+    x = normal(2, 4).astype(jnp.bfloat16)
+    q, r = mk.quantize(x, axis=1), mk.quantize(x.T, axis=0)
+    assert matmul(q, r, implementation=implementation).dtype == jnp.bfloat16
+    asked = matmul(q, r, preferred_element_type=jnp.float16, implementation=implementation)
+    assert asked.dtype == jnp.float16
+    with jax.numpy_dtype_promotion("standard"):
+        wide = mk.quantize(x.T.astype(jnp.float32), axis=0)
+        assert matmul(q, wide, implementation=implementation).dtype == jnp.float32
+    with pytest.raises(TypeError, match="a product with a QTensor has a floating dtype, not int32"):
+        mk.matmul(q, r, preferred_element_type=jnp.int32)
+
+
+def test_per_group_scales_on_a_free_axis_are_applied_after_the_dot():
+    r = mk.QTensor(jnp.ones((3, 4), jnp.int8), jnp.float32([[2, 3]]), np.dtype("float32"))
+    q = mk.quantize(jnp.full((2, 3), 127.0), axis=1)
+    result = matmul(q, r, implementation="xla")
+    np.testing.assert_array_equal(result, [[762, 762, 1143, 1143]] * 2)
+
+
+def test_one_quantized_operand_goes_to_the_reference_and_is_differentiable():
+    x = normal(3, 8)
+    r = mk.quantize(normal(8, 5), axis=0)
+    w = mk.dequantize(r)
+    expected = jnp.matmul(x, w, precision="highest")
+    np.testing.assert_array_equal(mk.matmul(x, r), expected)
+    np.testing.assert_array_equal(mk.matmul(r.T, x.T), expected.T)
+    gradient = jax.grad(lambda x: mk.matmul(x, r).sum())(x)
+    np.testing.assert_allclose(gradient, jnp.broadcast_to(w.sum(1), x.shape), rtol=8 * U, atol=U)
+
+
+def test_plain_arrays_go_to_lax():
+    x, w = normal(3, 8), normal(8, 5)
+    result = mk.dot_general(x, w, MATRIX, preferred_element_type=jnp.bfloat16)
+    expected = jax.lax.dot_general(x, w, MATRIX, preferred_element_type=jnp.bfloat16)
+    assert result.dtype == expected.dtype
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_runs_inside_transformations():
+    x, w = normal(3, 2, 8), normal(3, 8, 5)
+    q, r = quantize_both(x, w, 2, 1)
+    expected = jnp.stack([mk.matmul(q[i], r[i]) for i in range(3)])
+    np.testing.assert_array_equal(jax.vmap(mk.matmul)(q, r), expected)
+    _, rows = jax.lax.scan(lambda carry, qr: (carry, mk.matmul(*qr)), None, (q, r))
+    np.testing.assert_array_equal(rows, expected)
+    # a single row under vmap takes the doubled path on CPU
+    rows = jax.vmap(lambda q: mk.matmul(q, r[0]))(q[0])
+    np.testing.assert_array_equal(rows, expected[0])
+    shape = jax.eval_shape(mk.matmul, q, r)
+    assert (shape.shape, shape.dtype) == (expected.shape, expected.dtype)
+    moved = jax.device_put((q, r), jax.devices()[1])
+    assert mk.matmul(*moved).devices() == {jax.devices()[1]}
+
+
+def test_the_program_multiplies_int8_and_adds_in_int32():
+    q, r = mk.quantize(jnp.ones((4, 8))), mk.quantize(jnp.ones((8, 4)))
+    text = jax.jit(mk.matmul).lower(q, r).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(dots) == 1
+    assert "(tensor<4x8xi8>, tensor<8x4xi8>) -> tensor<4x4xi32>" in dots[0]
+
+
+def test_a_named_implementation_never_falls_back():
+    x = jnp.ones((3, 8))
+    r = mk.quantize(normal(8, 5), axis=0)
+    with pytest.raises(NotImplementedError, match=r"float32\[3,8\] by QTensor\(int8\[8,5\].*'xla'"):
+        mk.matmul(x, r, implementation="xla")
+    np.testing.assert_array_equal(
+        mk.matmul(x, r, implementation=["xla", "reference"]), mk.matmul(x, r)
+    )
+    varying = mk.quantize(x, axis=0)
+    with pytest.raises(NotImplementedError, match=r"\(1, 8\), which varies along contracting axes"):
+        mk.matmul(varying, r, implementation=("xla",))
+    with pytest.raises(NotImplementedError, match="'xla': `lhs` is not .*; 'xla': `lhs` is not"):
+        mk.matmul(x, r, implementation=("xla", "xla"))
+    for unknown in ("cuda", ("xla", "cuda"), ()):
+        with pytest.raises(ValueError, match=r"unknown .*: known are \['reference', 'xla'\]"):
+            mk.matmul(x, jnp.ones((8, 5)), implementation=unknown)
+
+
+def test_dimension_numbers_are_checked():
+    x, w = jnp.ones((3, 5)), mk.quantize(jnp.ones((4, 7)))
+    message = r"`lhs` has shape \(3, 5\) but `rhs` has \(4, 7\): contracting 5 with 4"
+    with pytest.raises(ValueError, match=message):
+        mk.dot_general(x, w, MATRIX)
+    with pytest.raises(ValueError, match="batching 3 with 4"):
+        mk.dot_general(x, w, (((), ()), ((0,), (0,))))
+    with pytest.raises(ValueError, match=r"asks for axes \(2,\) of `rhs` of shape \(4, 7\)"):
+        mk.dot_general(x, w, (((1,), (2,)), ((), ())))
+    with pytest.raises(ValueError, match=r"names an axis of `lhs` twice: \(1, 1\)"):
+        mk.dot_general(x, w, (((1, -1), (0, 1)), ((), ())))
+    with pytest.raises(ValueError, match="pairs a different number of axes"):
+        mk.dot_general(x, w, (((1,), ()), ((), ())))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_product_of_two_qtensors_has_no_derivative(implementation):
+    q, r = mk.quantize(jnp.ones((3, 8)), axis=1), mk.quantize(jnp.ones((8, 5)), axis=0)
+
+    def loss(scale, bias):
+        product = mk.matmul(mk.QTensor(q.values, scale, q.dtype), r, implementation=implementation)
+        return jnp.sum(product * bias)
+
+    with pytest.raises(NotImplementedError, match="the product of two QTensors has no derivative"):
+        jax.grad(loss)(q.scale, 2.0)
+    for transform in (lambda f: f, jax.jit, jax.checkpoint):
+        np.testing.assert_allclose(transform(jax.grad(loss, argnums=1))(q.scale, 2.0), 3 * 8 * 5)
+
+
+EQUATIONS = [
+    ("ij,jk->ik", (3, 4), (4, 5)),
+    ("ij,jk", (3, 4), (4, 5)),
+    ("zj,ja", (3, 4), (4, 5)),
+    ("ij,kj->ki", (3, 4), (5, 4)),
+    ("bqhd, bkhd -> bhqk", (2, 3, 4, 5), (2, 6, 4, 5)),
+    ("...i,ij->...j", (2, 3, 4), (4, 5)),
+    ("...i,ij", (2, 3, 4), (4, 5)),
+    ("ij,...j->...i", (3, 4), (2, 5, 4)),
+    ("...ij,...jk->...ik", (2, 1, 3, 4), (6, 4, 5)),
+    ("a...,a...->...", (3, 2, 4), (3, 2, 4)),
+    ("i,i->", (4,), (4,)),
+    ("i,j->ji", (4,), (3,)),
+    ("...,...->...", (4,), (4,)),
+]
+
+
+@pytest.mark.parametrize(("equation", "lhs_shape", "rhs_shape"), EQUATIONS)
+def test_einsum_agrees_with_numpy(equation, lhs_shape, rhs_shape):
+    x, w = normal(*lhs_shape), normal(*rhs_shape)
+    q, r = quantize_both(x, w)
+    result = jax.jit(lambda q, r: mk.einsum(equation, q, r, implementation="xla"))(q, r)
+    expected = np.einsum(equation, exact(q), exact(r))
+    np.testing.assert_allclose(result, expected, rtol=4 * U, atol=0)
+    magnitude = np.einsum(equation, np.abs(x), np.abs(w))
+    plain = jax.jit(lambda x, w: mk.einsum(equation, x, w, precision="highest"))(x, w)
+    difference = np.abs(plain - np.einsum(equation, np.asarray(x), np.asarray(w)))
+    assert (difference <= 2 * x.size * U * magnitude).all()
+
+
+def test_einsum_sums_an_unused_axis_of_an_array_but_not_of_a_qtensor():
+    x, w = normal(3, 4, 2), normal(4, 5)
+    r = mk.quantize(w)
+    result = mk.einsum("ijz,jk->ik", x, r)
+    np.testing.assert_array_equal(result, mk.matmul(x.sum(2), r))
+    with pytest.raises(NotImplementedError, match=r"sums axes \(2,\) of QTensor\(int8\[3,4,2\]"):
+        mk.einsum("ijz,jk->ik", mk.quantize(x), r)
+
+
+@pytest.mark.parametrize(
+    ("equation", "error", "message"),
+    [
+        ("ij->ji", ValueError, "must have two operands, it has 1"),
+        ("ijk,jk->i", ValueError, "'ijk' does not describe 2 axes"),
+        ("i,jk->k", ValueError, "'i' does not describe 2 axes"),
+        ("i1,jk->k", ValueError, "something that is no label in 'i1'"),
+        ("ij,jk->iz", ValueError, "the output must hold labels of the operands, each once"),
+        ("ij,jk->ii", ValueError, "the output must hold labels of the operands, each once"),
+        ("...j,jk->k", ValueError, "and an ellipsis if they have one"),
+        ("ii,ik->k", NotImplementedError, "'ii' takes a diagonal"),
+        ("ij,ki->jk", ValueError, "contracting 3 with 5"),
+    ],
+)
+def test_einsum_refusals(equation, error, message):
+    with pytest.raises(error, match=message):
+        mk.einsum(equation, mk.quantize(jnp.ones((3, 4))), mk.quantize(jnp.ones((4, 5))))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((4,), (4,)),
+        ((4,), (4, 5)),
+        ((3, 4), (4,)),
+        ((3, 4), (4, 5)),
+        ((2, 3, 4), (4, 5)),
+        ((3, 4), (2, 4, 5)),
+        ((2, 1, 3, 4), (7, 4, 5)),
+        ((4,), (2, 4, 5)),
+        ((2, 3, 4), (4,)),
+    ],
+)
+def test_matmul_has_the_shapes_of_numpy(a, b):
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-127, 128, shape).astype(np.float32) for shape in (a, b))
+    x.flat[0], w.flat[0] = 127, 127  # so that the scale is 1 and the product exact
+    q, r = quantize_both(x, w)
+    np.testing.assert_array_equal(matmul(q, r, implementation="xla"), np.matmul(x, w))
+    np.testing.assert_array_equal(matmul(x, r), np.matmul(x, w))
+    with pytest.raises(ValueError, match="`a` has 0 and `b` has 1"):
+        mk.matmul(jnp.ones(()), jnp.ones(3))
