@@ -34,7 +34,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 def dot_dtypes(function: Any, *args: Any) -> list[tuple[str, str]]:
     """Operand dtypes of every dot_general that `function(*args)` traces to."""
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr  # JAX caches by function
     return [
         tuple(v.aval.dtype.name for v in eqn.invars)  # pyright: ignore
         for eqn in equations(jaxpr)

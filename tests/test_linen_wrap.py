@@ -324,7 +324,9 @@ def test_function_transforms():
         return model.apply(variables, x).astype(jnp.float32).sum()
 
     expected = jax.grad(loss)(variables, x)
-    assert_trees_equal(jax.grad(jax.checkpoint(loss))(variables, x), expected)
+    remat = jax.grad(jax.checkpoint(loss))(variables, x)
+    for a, b in zip(jax.tree.leaves(remat), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=16 * 2**-23)  # float32 sums in another order
     per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0))(variables, x)
     assert {g.dtype.name for g in jax.tree.leaves(per_example)} == {"float32"}
     zeros = jax.tree.map(jnp.zeros_like, variables)

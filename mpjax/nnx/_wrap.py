@@ -1,7 +1,6 @@
 """`wrap` for NNX: gives every module in the graph the class that its path's policy asks for."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,12 +16,12 @@ from ._rules import rule_of
 
 def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
     """Puts `module` under a frozen policy, in place; see `mpjax.wrap`."""
-    modules = dict(_own_modules(module))
+    modules = _own_modules(module)
     layers = [join(path) for path, m in modules.items() if is_layer(m)]
     containers = [join(path) for path, m in modules.items() if not is_layer(m)]
     name = base_class(module).__name__
     check_keys(policy, layers, containers, name, strict=strict)
-    resolved = {path: resolve(policy, join(path)) for path in modules}  # may raise: before any change
+    resolved = {path: resolve(policy, join(path)) for path in modules}  # may raise, so comes first
     if is_wrapped(module):
         unwrap(module)
     for path, each in modules.items():
@@ -38,7 +37,7 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
 
 def unwrap(module: nnx.Module) -> nnx.Module:
     """Gives every object of the graph its own class back."""
-    for _, each in _own_modules(module):
+    for each in _own_modules(module).values():
         set_class(each, base_class(each))
         for variable in own_variables(each):
             set_class(variable, base_class(variable))
@@ -60,7 +59,7 @@ def layer_policies(module: nnx.Module, variables: Any = None) -> dict[str, DType
     if variables is not None:
         raise TypeError("an NNX model holds its layers: call mp.layer_policies(model)")
     policies = {}
-    for path, each in nnx.iter_modules(module):
+    for path, each in _modules(module).items():
         own = author_dtype(each)
         if is_layer(each):
             policies[join(path)] = DTypePolicy(own) if own else getattr(type(each), POLICY)
@@ -79,19 +78,24 @@ def author_dtype(module: nnx.Module) -> str | None:
 
 def is_layer(module: nnx.Module) -> bool:
     """Whether the module owns parameters, or contains no other module."""
-    return bool(_parameters(module)) or sum(1 for _ in nnx.iter_modules(module)) == 1
+    return bool(_parameters(module)) or len(_modules(module)) == 1
 
 
-def _own_modules(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]]:
-    """The modules of the graph, less those of modules inside that were wrapped by themselves."""
-    nested: list[tuple[Any, ...]] = []
-    for path, each in nnx.iter_modules(module):
-        inside = any(path[: len(root)] == root for root in nested)
-        if each is not module and is_wrapped(each) and not inside:
-            nested.append(path)
-            inside = True
-        if not inside:
-            yield path, each
+def _modules(module: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
+    """The modules of the graph by path; lists and dicts of modules count as their owner's."""
+    found = nnx.iter_modules(module)
+    return {path: m for path, m in found if not isinstance(m, nnx.List | nnx.Dict)}
+
+
+def _own_modules(module: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
+    """`_modules`, less those of modules inside that were wrapped by themselves."""
+    modules = _modules(module)
+    nested = [path for path, m in modules.items() if m is not module and is_wrapped(m)]
+    return {
+        path: m
+        for path, m in modules.items()
+        if not any(path[: len(root)] == root for root in nested)
+    }
 
 
 def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any) -> None:

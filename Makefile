@@ -1,0 +1,43 @@
+# Every target sets up what it needs: `git clone`, then one command.
+#   PYTHON=python3.12   which interpreter .venv is made from, the first time
+#   ARGS="..."          passed on to the demo, the tests or the benchmarks
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help demo demo-nnx test test-all lint bench
+
+.NOTPARALLEL:  # two targets would make .venv at once
+
+help:
+	@echo "make demo | demo-nnx | test | test-all | lint | bench   [PYTHON=...] [ARGS=...]"
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/byte_lm.py $(ARGS)
+
+demo-nnx: .venv/demo.stamp
+	$(BIN)/python examples/byte_lm.py --nnx $(ARGS)
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: .venv/dev.stamp
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+# The variable stops the pyright wrapper from asking the network for a newer version.
+lint: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/dev.stamp
+	@for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
+	done
+
+# `touch` comes last, so an installation that was interrupted is done again.
+.venv/%.stamp: pyproject.toml
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,112 @@
+"""The demo's model, twice: the same byte-level transformer in plain Linen and in plain NNX.
+
+Nothing in this file knows of mpjax, and that is its point: `mp.wrap` must change how these
+modules compute without an edit here. `dtype` is Flax's own field, as on any Flax layer: the demo
+leaves it at None; `benchmarks/compile_time.py` sets it to bfloat16 to have a peer without mpjax.
+
+A block is pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`. The last matrix of each
+branch starts at zero, so a block starts as the identity; with so few steps that is worth 0.2 bits
+per byte. Positions are learned, the head is a Dense of its own (not tied to the embedding), and
+the output is logits [B, T, 256].
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+VOCAB = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of the model: `context` bytes seen, `depth` blocks of width `width`."""
+
+    context: int = 128
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, Linen."""
+
+    heads: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, mask):
+        width = x.shape[-1]
+        attention = nn.MultiHeadDotProductAttention(
+            self.heads, dtype=self.dtype, out_kernel_init=nn.initializers.zeros, name="attention"
+        )
+        up = nn.Dense(4 * width, dtype=self.dtype, name="up")
+        down = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="down")
+        x = x + attention(nn.LayerNorm(dtype=self.dtype, name="attention_norm")(x), mask=mask)
+        return x + down(nn.gelu(up(nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x))))
+
+
+class ByteLM(nn.Module):
+    """Bytes [B, T] to logits of the next byte [B, T, 256], Linen."""
+
+    shape: Shape = Shape()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, tokens):
+        width, position = self.shape.width, jnp.arange(tokens.shape[-1])
+        x = nn.Embed(VOCAB, width, dtype=self.dtype, name="embedding")(tokens)
+        x = x + nn.Embed(self.shape.context, width, dtype=self.dtype, name="position")(position)
+        mask = nn.make_causal_mask(tokens)
+        for i in range(self.shape.depth):
+            x = Block(self.shape.heads, self.dtype, name=f"block_{i}")(x, mask)
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        return nn.Dense(VOCAB, dtype=self.dtype, name="head")(x)
+
+
+class NNXBlock(nnx.Module):
+    """One pre-norm transformer block, NNX."""
+
+    def __init__(self, width: int, heads: int, dtype: Any = None, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            heads,
+            width,
+            dtype=dtype,
+            out_kernel_init=nnx.initializers.zeros,
+            decode=False,
+            rngs=rngs,
+        )
+        self.mlp_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(
+            4 * width, width, dtype=dtype, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
+
+    def __call__(self, x, mask):
+        x = x + self.attention(self.attention_norm(x), mask=mask)
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+
+
+class ByteLMNNX(nnx.Module):
+    """Bytes [B, T] to logits of the next byte [B, T, 256], NNX."""
+
+    def __init__(self, shape: Shape | None = None, dtype: Any = None, *, rngs: nnx.Rngs):
+        shape = shape or Shape()
+        self.embedding = nnx.Embed(VOCAB, shape.width, dtype=dtype, rngs=rngs)
+        self.position = nnx.Embed(shape.context, shape.width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            NNXBlock(shape.width, shape.heads, dtype, rngs=rngs) for _ in range(shape.depth)
+        )
+        self.norm = nnx.LayerNorm(shape.width, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(shape.width, VOCAB, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[-1]))
+        mask = nnx.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(self.norm(x))
