@@ -4,7 +4,6 @@
 """
 
 import importlib as _importlib
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 

@@ -8,9 +8,7 @@ from ._policy import DTypePolicy
 from ._policy_map import resolve
 
 # Names of class attributes of the dynamic subclasses that both adapters make.
-BASE, POLICY, ROOT, STRICT = (
-    f"__mpjax_{name}__" for name in ("base", "policy", "root", "strict")
-)
+BASE, POLICY, ROOT, STRICT = (f"__mpjax_{name}__" for name in ("base", "policy", "root", "strict"))
 
 
 class PolicyAttribute:

@@ -24,9 +24,7 @@ def cast_array(x: Any, dtype: Any) -> Any:
     return x
 
 
-def cast_floating(
-    tree: Any, dtype: Any, *, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
+def cast_floating(tree: Any, dtype: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Casts every floating array leaf of `tree` to `dtype`.
 
     Integers, bools, PRNG keys, complex numbers, `QTensor`s and everything that is not an array

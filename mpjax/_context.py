@@ -21,7 +21,7 @@ class Observation:
     """What a trace met, kept for the caller of `observe`; compared by identity.
 
     Attributes:
-      policies: absolute layer path -> the policy that the layer resolved to, in order of first call.
+      policies: absolute layer path -> the policy that it resolved to, in order of first call.
       products: absolute layer path -> how the layer's `kernel` entered a quantized product.
     """
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 import mpjax_kernels as mk
 
@@ -69,7 +70,7 @@ def quantize_weight(weight: Any, contracting: tuple[int, ...], path: str) -> mk.
     """
     if isinstance(weight, mk.QTensor):
         raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
-    if not isinstance(weight, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if not isinstance(weight, Tracer | jax.ShapeDtypeStruct):
         finite = jnp.isfinite(weight)
         if not bool(finite.all()):
             bad = int(weight.size - finite.sum())

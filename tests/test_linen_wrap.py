@@ -301,6 +301,44 @@ def test_lifted_transforms(lift):
     assert_trees_equal(jax.jit(same.apply)(variables, x), jax.jit(plain.apply)(variables, x))
 
 
+class FloatStream(nn.Module):
+    """A hand-written float32 term widens the residual stream before a scanned block."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(x.shape[-1])(x) + jnp.sin(jnp.arange(x.shape[-1], dtype=jnp.float32))
+        block = nn.scan(
+            Residual, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return block()(x, None)[0]
+
+
+class ScannedLSTM(nn.Module):
+    """The scan of Flax's documentation, its carry made by the cell in float32."""
+
+    @nn.compact
+    def __call__(self, x):
+        scanned = nn.scan(
+            nn.LSTMCell,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        cell = scanned(4)
+        carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
+        return cell(carry, x)[1]
+
+
+@pytest.mark.parametrize("module", [FloatStream(), ScannedLSTM()], ids=lambda m: type(m).__name__)
+def test_a_float32_carry_under_the_users_own_scan_keeps_its_dtype(module):
+    x = jnp.ones((2, 5, 4))
+    variables = module.init(jax.random.key(0), x)
+    model = mp.wrap(module, "mixed_bfloat16")
+    assert_trees_equal(model.init(jax.random.key(0), x), variables)
+    assert set(dot_dtypes(model.apply, variables, x)) == {("bfloat16", "bfloat16")}
+
+
 def test_a_class_under_nn_jit_is_traced_anew_for_each_policy():
     x = jnp.ones((3, 4))
     variables = Lifted("jit").init(jax.random.key(0), x)

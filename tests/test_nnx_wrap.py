@@ -118,7 +118,9 @@ def test_every_product_of_a_training_step_has_half_precision_operands(half):
     assert len(products) == 3 * (4 * 8 + 1)
     assert set(products) == {(half, half)}
     reductions = {"reduce_sum", "reduce_max", "exp"}
-    found = [e for e in equations(jax.make_jaxpr(loss)(state).jaxpr) if e.primitive.name in reductions]
+    found = [
+        e for e in equations(jax.make_jaxpr(loss)(state).jaxpr) if e.primitive.name in reductions
+    ]
     assert len(found) == 4 * 3 + 2 * 9 + 1  # softmaxes, norms, the loss
     assert {e.invars[0].aval.dtype.name for e in found} == {"float32"}
 
@@ -148,7 +150,9 @@ def test_training_keeps_master_weights_gradients_and_moments_in_float32(own):
         grads = step(own, optimizer, X)
     assert len(traces) == 1
     assert {g.dtype.name for g in jax.tree.leaves(grads)} == {"float32"}
-    floats = [x for x in jax.tree.leaves(nnx.state(optimizer)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    floats = [
+        x for x in jax.tree.leaves(nnx.state(optimizer)) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
     assert {x.dtype.name for x in floats} == {"float32"} and len(floats) == 2 * 6
     change = np.abs(np.asarray(own.w[...]) - before)
     assert 0 < change.max() < 1e-2  # below bfloat16's step at 1.33: the master copy moved
@@ -266,6 +270,7 @@ def test_decoding_keeps_the_dtype_of_the_cache(cache_from):
     for _ in range(3):
         y = step(attention, jnp.ones((1, 1, 4)))
     assert y.dtype == jnp.bfloat16
+    assert attention.cached_key is not None and attention.cache_index is not None
     assert attention.cached_key.get_raw_value().dtype == jnp.float32
     assert attention.cache_index[...] == 3
     assert float(jnp.abs(attention.cached_key[...][0, :3]).min()) > 0

@@ -38,9 +38,7 @@ def zoo():
 
 
 def leaf_kinds(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: isinstance(x, mk.QTensor)
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, mk.QTensor))
     return {
         "/".join(str(k.key) for k in path): x.scale.shape if isinstance(x, mk.QTensor) else None
         for path, x in leaves
@@ -76,9 +74,7 @@ def test_the_same_model_applies_them_in_int8(zoo):
     products = dot_dtypes(model.apply, quantized, X)
     assert sorted(products) == [("bfloat16",) * 2] * 2 + [("int8",) * 2] * 8  # 2: the attention's
     # Quantizing when applied, or before, is the same arithmetic
-    assert_trees_equal(
-        jax.jit(model.apply)(quantized, X), jax.jit(model.apply)(variables, X)
-    )
+    assert_trees_equal(jax.jit(model.apply)(quantized, X), jax.jit(model.apply)(variables, X))
 
 
 def test_no_float_copy_of_a_quantized_weight_remains(zoo):

@@ -3,22 +3,23 @@
 A handler is called in place of a layer's method:
 
     def handler(layer: Layer, call, args, kwargs):
-        ...                              # `call(*args, **kwargs)` is the layer's own method
+        return call(*args, **kwargs)
 
-with floating arguments already cast to the compute dtype. The default handler makes the layer read
-its parameters in the compute dtype, which is all that Dense, Conv, Embed, recurrent cells and a
-user's own modules need: Flax computes in the dtype in which its operands arrive.
+where `call` is the layer's own method, its floating arguments cast to the compute dtype. The
+default handler makes the layer read its parameters in the compute dtype, which is all that Dense,
+Conv, Embed and a user's own layers need: Flax computes in the dtype in which its operands arrive.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from .._adapters import is_half
 from .._attention import linen_attention
-from .._cast import cast_floating
+from .._cast import cast_array
 from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
 from ._layer import Layer, lent
 
@@ -53,18 +54,18 @@ def register(*layer_types: type) -> Callable[[Handler], Handler]:
     return decorate
 
 
-def handler_of(module: nn.Module) -> Handler:
-    """The handler of the nearest registered type among the module's bases, else `default`."""
-    for base in type(module).__mro__:
-        if base in _HANDLERS:
-            return _HANDLERS[base]
-    return default
+def handler_of(module: nn.Module) -> Handler | None:
+    """The handler of the nearest registered type among the module's bases, or None."""
+    return next((_HANDLERS[cls] for cls in type(module).__mro__ if cls in _HANDLERS), None)
 
 
 def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs the layer with its parameters read in the compute dtype."""
     with lent(layer.module, param=layer.param()):
         return call(*args, **kwargs)
+
+
+register(nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed, nn.PReLU)(default)
 
 
 @register(nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
@@ -128,14 +129,22 @@ def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[
 
 @register(nn.RNN)
 def _rnn(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`nn.scan` wants the carry that enters in the dtype of the one that leaves."""
+    """The carry that `nn.RNN` makes enters its scan in the compute dtype."""
     cell: Any = layer.module.cell  # pyright: ignore[reportAttributeAccessIssue]
     if cell.dtype is not None:
         return default(layer, call, args, kwargs)
     own_initialize_carry = cell.initialize_carry
 
     def initialize_carry(*args: Any, **kwargs: Any) -> Any:
-        return cast_floating(own_initialize_carry(*args, **kwargs), layer.policy.compute_dtype)
+        return layer.cast(own_initialize_carry(*args, **kwargs))
 
     with lent(cell, initialize_carry=initialize_carry):
         return default(layer, call, args, kwargs)
+
+
+@register(nn.RNNCellBase)
+def _cell(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Under a user's own `nn.scan` the carry leaves in the dtype in which it came."""
+    carry, output = default(layer, call, args, kwargs)
+    came = kwargs["carry"] if "carry" in kwargs else args[0]
+    return jax.tree.map(lambda new, old: cast_array(new, old.dtype), carry, came), output

@@ -1,4 +1,9 @@
-"""The interceptor: finds each layer's path and policy, casts what enters it, calls its handler."""
+"""The interceptor: finds each layer's path and policy, casts what enters it, calls its handler.
+
+Floating arguments are cast on entry to the wrapped module and to every layer: a module of a
+registered type, or one that owns parameters. A module of the user's that only holds others passes
+on what it receives, so that its hand-written arithmetic keeps the dtypes it would have.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,7 +18,7 @@ from .._context import Frame, active
 from .._paths import join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
-from ._handlers import handler_of
+from ._handlers import default, handler_of
 from ._layer import Layer
 
 
@@ -55,7 +60,10 @@ def interceptor(frame: Frame, visits: Visits) -> Callable[..., Any]:
         if own is not None:
             return call(*args, **kwargs)
         layer = Layer(module, method, path, join(module.path), policy)
-        return _run(layer, call, args, kwargs, output_dtype_at(frame.policy, path))
+        output_dtype = (
+            output_dtype_at(frame.policy, path) if path else None
+        )  # see `_wrap._entering`
+        return _run(layer, call, args, kwargs, output_dtype)
 
     return intercept
 
@@ -74,10 +82,29 @@ def _run(
 ) -> Any:
     handler = handler_of(layer.module)
     if layer.method == "setup":
-        return handler(layer, call, args, kwargs)
-    args, kwargs = cast_floating((args, kwargs), layer.policy.compute_dtype)
-    output = handler(layer, call, args, kwargs)
+        return (handler or default)(layer, call, args, kwargs)
+    if handler is not None or _owns_parameters(layer.module):
+        output = (handler or default)(layer, _casting(layer, call), args, kwargs)
+    else:
+        output = default(layer, call, args, kwargs)
     return output if output_dtype is None else cast_floating(output, output_dtype)
+
+
+def _casting(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+    def cast_and_call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = layer.cast((args, kwargs))
+        return call(*args, **kwargs)
+
+    return cast_and_call
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    """Whether the module is a layer; one that only holds others leaves what passes through it.
+
+    So a residual stream that enters a scanned block in float32 leaves it in float32. While a user's
+    own @nn.compact layer is being initialized this is not known yet, and False.
+    """
+    return any(not isinstance(x, Mapping) for x in module.variables.get("params", {}).values())
 
 
 def _observe(frame: Frame, full_path: str, policy: DTypePolicy) -> None:

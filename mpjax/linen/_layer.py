@@ -1,4 +1,4 @@
-"""What a handler is told about a layer, and how it lends the layer other attributes for one call."""
+"""What a handler is told about a layer, and how it lends it other attributes for one call."""
 
 import contextlib
 import dataclasses
@@ -33,6 +33,10 @@ class Layer:
     full_path: str
     policy: DTypePolicy
 
+    def cast(self, tree: Any) -> Any:
+        """`tree` with its floating arrays in the layer's compute dtype."""
+        return cast_floating(tree, self.policy.compute_dtype)
+
     def param(self, *, cast: bool = True) -> Callable[..., Any]:
         """A stand-in for `module.param` that follows the policy.
 
@@ -46,7 +50,7 @@ class Layer:
                 init_fn = _initialized_in(self.policy.variable_dtype, init_fn)
             value = nn.Module.param(self.module, name, init_fn, *args, **kwargs)
             self._check_quantized(name, value)
-            return cast_floating(value, self.policy.compute_dtype) if cast else value
+            return self.cast(value) if cast else value
 
         return param
 

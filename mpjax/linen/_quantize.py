@@ -39,9 +39,7 @@ def quantize(
     return {**variables, "params": params}
 
 
-def trace(
-    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
-) -> Observation:
+def trace(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Observation:
     """Traces one `apply` by `jax.eval_shape` and returns what its layers reported."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}

@@ -20,10 +20,19 @@ from typing import Any
 
 import flax.linen as nn
 
-from .._adapters import BASE, POLICY, STRICT, PolicyAttribute, no_effect_message
+from .._adapters import (
+    BASE,
+    POLICY,
+    STRICT,
+    PolicyAttribute,
+    no_effect_message,
+    output_dtype_at,
+)
+from .._cast import cast_floating
 from .._context import Frame, active, current_observation
 from .._paths import check_keys, join, nodes
-from ._intercept import Visits, interceptor
+from .._policy_map import resolve
+from ._intercept import Visits, author_dtype, interceptor
 
 
 def wrap(module: nn.Module, policy: Any, *, strict: bool) -> nn.Module:
@@ -59,7 +68,7 @@ def base_class(cls: type) -> type:
     return getattr(cls, BASE, cls)
 
 
-def _construct(cls: type, module: nn.Module) -> nn.Module:
+def _construct(cls: Any, module: nn.Module) -> nn.Module:
     fields = {
         name: getattr(module, name)
         for name, field in module.__dataclass_fields__.items()
@@ -112,12 +121,29 @@ def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
         if self.scope is None:  # Flax's own error says it best
             return method(self, *args, **kwargs)
         with _entered(self) as visits:
-            output = method(self, *args, **kwargs)
+            output = _call(self, method, args, kwargs)
             if visits is not None:
                 _check(self, self.variables.get("params", {}), visits)
         return output
 
     return entering
+
+
+def _call(
+    module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Casts what enters and leaves the wrapped module itself.
+
+    It happens here and not in the interceptor, which sees a module whose class is lifted (by
+    `nn.scan`, say) from within the loop only, where a carry can no longer change its dtype.
+    """
+    if author_dtype(module) is not None:
+        return method(module, *args, **kwargs)
+    policy = policy_of(module)
+    args, kwargs = cast_floating((args, kwargs), resolve(policy, "").compute_dtype)
+    output = method(module, *args, **kwargs)
+    output_dtype = output_dtype_at(policy, "")
+    return output if output_dtype is None else cast_floating(output, output_dtype)
 
 
 def _entering_apply(apply: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ no weight, no metadata. So the state's treedef and the weights stay the user's, 
 `clone` carry the policy along (the class is part of the graph definition, hence of jit's cache
 key), and unwrapping is setting the class back.
 
-  a module           its public methods cast their floating arguments
+  a layer            its public methods cast their floating arguments; so do the wrapped module's
   one with a rule    is lent attributes (`dtype`, `promote_dtype`, `dot_general`, ...) by data
                      descriptors in the class, which shadow the instance's own
   one without        its own parameters get a subclass of `nnx.Param` that casts on read, inside a
@@ -28,7 +28,6 @@ from .._adapters import BASE, POLICY, ROOT, PolicyAttribute
 from .._cast import cast_floating
 from .._context import Frame, active
 from .._policy import DTypePolicy
-
 
 
 def base_class(obj: Any) -> type:
@@ -56,9 +55,11 @@ class _Lent:
 
 @functools.cache
 def module_class(
-    base: type,
+    base: Any,
     policy: DTypePolicy,
     lent: tuple[tuple[str, Any], ...],
+    *,
+    casts: bool,
     output_dtype: str | None = None,
     root: Any = None,
 ) -> type:
@@ -68,18 +69,19 @@ def module_class(
       base: the user's, or Flax's, module class.
       policy: the policy that the module's path resolved to.
       lent: names and values of attributes that shadow the instance's own.
+      casts: whether public methods cast their floating arguments to the compute dtype.
       output_dtype: dtype to cast the floating outputs of public methods to; None leaves them.
       root: the frozen policy as a whole, for the module that `wrap` was called on; else None.
     """
     namespace: dict[str, Any] = {BASE: base, POLICY: policy, ROOT: root}
     namespace |= {name: _Lent(name, value) for name, value in lent}
     for name in _public_methods(base):
-        namespace[name] = _entering(getattr(base, name), policy, output_dtype)
+        namespace[name] = _entering(getattr(base, name), policy, casts, output_dtype)
     if issubclass(base, nnx.MultiHeadAttention):
         namespace["init_cache"] = _adopting_cache(base.init_cache, policy.compute_dtype)
     if root is not None and not hasattr(base, "policy"):
         namespace["policy"] = PolicyAttribute(root)
-    return _subclass(base, namespace, pytree=getattr(base, "_pytree__is_pytree"))
+    return _subclass(base, namespace, pytree=base._pytree__is_pytree)
 
 
 @functools.cache
@@ -152,13 +154,14 @@ def _public_methods(base: type) -> list[str]:
 
 
 def _entering(
-    method: Callable[..., Any], policy: DTypePolicy, output_dtype: str | None
+    method: Callable[..., Any], policy: DTypePolicy, casts: bool, output_dtype: str | None
 ) -> Callable[..., Any]:
     frame = Frame(policy)
 
     @functools.wraps(method)
     def entering(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = cast_floating((args, kwargs), policy.compute_dtype, is_leaf=_is_nnx)
+        if casts:
+            args, kwargs = cast_floating((args, kwargs), policy.compute_dtype, is_leaf=_is_nnx)
         if active.value is None:
             with active(frame):
                 output = method(self, *args, **kwargs)

@@ -5,8 +5,6 @@ from typing import Any
 
 from flax import nnx
 
-import mpjax_kernels as mk
-
 from .._paths import join
 from .._products import Int8DotGeneral, Int8Einsum
 from .._quantize import quantize_weight
@@ -36,6 +34,7 @@ def quantize(model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
 
 def _kernels(model: nnx.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Yields path, kernel and contracting axes (counted from the end) of each quantized layer."""
+    layer: Any
     for path, layer in nnx.iter_modules(model):
         product = getattr(layer, "dot_general", None) or getattr(layer, "einsum_op", None)
         if isinstance(product, Int8DotGeneral | Int8Einsum):

@@ -102,7 +102,13 @@ def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any
     base = base_class(module)
     rule = rule_of(base) if author_dtype(module) is None else None
     lent = {} if rule is None else rule(module, policy)
-    set_class(module, module_class(base, policy, tuple(lent.items()), output_dtype, root))
+    # As in Linen, a module that only holds others passes on what it receives.
+    casts = root is not None or rule is not None or bool(_parameters(module))
+    items = tuple(lent.items())
+    set_class(
+        module,
+        module_class(base, policy, items, casts=casts, output_dtype=output_dtype, root=root),
+    )
     if rule is None and author_dtype(module) is None:
         cast_on_read(module, nnx.Param, policy.compute_dtype)
     if isinstance(module, nnx.MultiHeadAttention):
