@@ -14,6 +14,7 @@ class is made once per class and policy, so that equal wrapped modules are equal
 import contextlib
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -95,7 +96,7 @@ def _wrapped_class(base: type[nn.Module], policy: Any, strict: bool) -> type[nn.
         namespace[name] = _entering(getattr(base, name))
     if not hasattr(base, "policy") and "policy" not in base.__dataclass_fields__:
         namespace["policy"] = PolicyAttribute(policy)
-    return type(base)(base.__name__, (base,), namespace)
+    return types.new_class(base.__name__, (base,), exec_body=lambda ns: ns.update(namespace))
 
 
 def _public_methods(base: type) -> list[str]:
