@@ -26,6 +26,12 @@ class PolicyAttribute:
         return self if obj is None else self._policy
 
 
+def takes_self(function: Any) -> bool:
+    """Whether a class attribute is a method: a function, or what `jit` or `remat` made of one."""
+    plain = not isinstance(function, type | staticmethod | classmethod | property)
+    return plain and callable(function) and hasattr(function, "__get__")
+
+
 def is_half(policy: DTypePolicy) -> bool:
     """Whether the policy computes in fewer bits than float32."""
     return jnp.dtype(policy.compute_dtype).itemsize < 4

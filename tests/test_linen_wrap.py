@@ -575,3 +575,35 @@ def test_registered_handler_runs_in_place_of_the_layer():
     assert Net().apply({}, jnp.float32(3)) == 6
     with pytest.raises(TypeError, match=r"`register` takes subclasses of flax.linen.Module"):
         mp.linen.register(int)
+
+
+@pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
+def test_layers_that_map_the_parameters_of_another(norm):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = norm(nn.Dense(3))
+            return layer(x, update_stats=False) if norm is nn.SpectralNorm else layer(x)
+
+    x = jnp.ones((2, 4))
+    variables = Net().init(jax.random.key(0), x)
+    model = mp.wrap(Net(), "mixed_bfloat16")
+    assert_trees_equal(model.init(jax.random.key(0), x), variables)
+    y = model.apply(variables, x)
+    assert y.dtype == jnp.bfloat16
+    # one bfloat16 product of four terms, its operands rounded, beside a float32 one
+    np.testing.assert_allclose(y, Net().apply(variables, x), atol=4 * 3 * 2**-8)
+
+
+def test_methods_under_a_transform_of_their_own():
+    class Net(nn.Module):
+        @nn.remat
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x)
+
+    x = jnp.ones((2, 4))
+    model = mp.wrap(Net(), "mixed_bfloat16")
+    variables = model.init(jax.random.key(0), x)
+    assert_trees_equal(variables, Net().init(jax.random.key(0), x))
+    assert dot_dtypes(model.apply, variables, x) == [("bfloat16", "bfloat16")]

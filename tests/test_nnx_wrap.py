@@ -353,3 +353,19 @@ def test_registered_rule_lends_attributes():
     assert vars(model)["dtype"] is None  # the instance's own is underneath
     with pytest.raises(TypeError, match=r"`register` takes subclasses of flax.nnx.Module"):
         mp.nnx.register(int)
+
+
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+def test_methods_under_a_transform_of_their_own(transform):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((3, 2)))
+
+        @transform
+        def __call__(self, x):
+            return x @ self.w
+
+    model = Net()
+    assert model(X).dtype == jnp.float32  # fills the cache of nnx.jit
+    assert mp.wrap(model, "mixed_bfloat16")(X).dtype == jnp.bfloat16
+    assert mp.unwrap(model)(X).dtype == jnp.float32

@@ -48,7 +48,7 @@ class Layer:
         def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.policy.variable_dtype != "float32":
                 init_fn = _initialized_in(self.policy.variable_dtype, init_fn)
-            value = nn.Module.param(self.module, name, init_fn, *args, **kwargs)
+            value = type(self.module).param(self.module, name, init_fn, *args, **kwargs)
             self._check_quantized(name, value)
             return self.cast(value) if cast else value
 
@@ -58,7 +58,7 @@ class Layer:
         """A stand-in for `module.variable`: floats read in the compute dtype, kept in their own."""
 
         def variable(collection: str, name: str, *args: Any, **kwargs: Any) -> Any:
-            own = nn.Module.variable(self.module, collection, name, *args, **kwargs)
+            own = type(self.module).variable(self.module, collection, name, *args, **kwargs)
             return _CastVariable(own, self.policy.compute_dtype)
 
         return variable

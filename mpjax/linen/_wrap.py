@@ -28,6 +28,7 @@ from .._adapters import (
     PolicyAttribute,
     no_effect_message,
     output_dtype_at,
+    takes_self,
 )
 from .._cast import cast_floating
 from .._context import Frame, active, current_observation
@@ -110,7 +111,7 @@ def _public_methods(base: type) -> list[str]:
         and name not in fields
         and name != "setup"
         and (name == "__call__" or not hasattr(nn.Module, name))
-        and inspect.isfunction(inspect.getattr_static(base, name))
+        and takes_self(inspect.getattr_static(base, name))
         and not hasattr(getattr(base, name), "nowrap")
     ]
 

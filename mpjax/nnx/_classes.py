@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from .._adapters import BASE, POLICY, ROOT, PolicyAttribute
+from .._adapters import BASE, POLICY, ROOT, PolicyAttribute, takes_self
 from .._cast import cast_floating
 from .._context import Frame, active
 from .._policy import DTypePolicy
@@ -149,7 +149,7 @@ def _public_methods(base: type) -> list[str]:
         for name in dict.fromkeys(names)
         if (name == "__call__" or not name.startswith("_"))
         and (name == "__call__" or not hasattr(nnx.Module, name))
-        and inspect.isfunction(inspect.getattr_static(base, name))
+        and takes_self(inspect.getattr_static(base, name))
     ]
 
 
