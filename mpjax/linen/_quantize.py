@@ -102,4 +102,5 @@ def layer_policies(
     if not args and not kwargs:
         return policies
     observed = trace(model, variables, *args, **kwargs).policies
-    return {path: observed.get(path, own) for path, own in policies.items()}
+    called = {path: observed[path] for path in observed if path in policies}
+    return called | {path: own for path, own in policies.items() if path not in called}

@@ -59,8 +59,9 @@ def layer_policies(module: nnx.Module, variables: Any = None) -> dict[str, DType
     if variables is not None:
         raise TypeError("an NNX model holds its layers: call mp.layer_policies(model)")
     policies = {}
-    for path, each in _modules(module).items():
-        own = author_dtype(each)
+    modules = _modules(module)
+    for path in sorted(modules, key=lambda path: _position(module, path)):
+        each, own = modules[path], author_dtype(modules[path])
         if is_layer(each):
             policies[join(path)] = DTypePolicy(own) if own else getattr(type(each), POLICY)
     return policies
@@ -96,6 +97,18 @@ def _own_modules(module: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
         for path, m in modules.items()
         if not any(path[: len(root)] == root for root in nested)
     }
+
+
+def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
+    """Where a path comes in the order in which the modules were assigned; NNX sorts by name."""
+    position: list[int] = []
+    for part in path:
+        items = vars(node) if isinstance(node, nnx.Pytree) else node
+        names = list(items) if isinstance(items, dict) else range(len(items))
+        key = str(part) if isinstance(node, nnx.Pytree) else part
+        position.append(list(names).index(key))
+        node = items[key]
+    return tuple(position)
 
 
 def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any) -> None:
