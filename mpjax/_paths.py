@@ -51,16 +51,16 @@ def check_keys(
         message = _describe(key, layers, containers, model)
         if strict:
             raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=4)  # the caller of `wrap`, or of `apply`
 
 
 def _describe(key: str, layers: list[str], containers: list[str], model: str) -> str:
     reached = next((path for path in containers if _reaches(key, path)), None)
     if reached is not None:
-        inside = [path for path in layers if path.startswith(f"{reached}/")]
+        inside = [path for path in layers if re.fullmatch(_inside(key), path)]
         return (
             f"policy map key '{key}' matches only the container '{reached}' of {model}, not a "
-            f"layer; write '{key}/.*' to reach the layers inside: {_quoted(inside[:5])}"
+            f"layer; write '{_inside(key)}' to reach the layers inside: {_quoted(inside[:5])}"
         )
     nearest = difflib.get_close_matches(key, [p for p in layers if p], n=5, cutoff=0.0)
     return (
@@ -68,6 +68,13 @@ def _describe(key: str, layers: list[str], containers: list[str], model: str) ->
         f"{_quoted(nearest)}. Keys match a layer's whole path (exactly, or as a regular "
         "expression by `re.fullmatch`)"
     )
+
+
+def _inside(key: str) -> str:
+    """The key for what is inside the containers that `key` matches."""
+    if key == "":
+        return ".*"
+    return f"({key})/.*" if set(key) & set(r".^$*+?{}[]\|()") else f"{key}/.*"
 
 
 def _quoted(paths: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import textwrap
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -48,6 +49,12 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
       Keras mixed precision policies, https://keras.io/api/mixed_precision/policy/
     """
     adapter = adapter_of(module)
+    if isinstance(policy, dict) and "class_name" not in policy:
+        raise ValueError(
+            f"`policy` is a dict without 'class_name': {textwrap.shorten(repr(policy), 120)}. For "
+            "policies by layer path, give a map and its default: "
+            "mp.DTypePolicyMap('mixed_bfloat16', {...})"
+        )
     frozen = freeze(get_policy(policy))
     for each in _policies(frozen):
         _check_dtypes(each)
@@ -83,7 +90,7 @@ def adapter_of(module: Any) -> ModuleType:
         hint = f"; that is a class: pass an instance, {module.__name__}(...)"
     raise TypeError(
         "`module` must be a flax.linen.Module or a flax.nnx.Module, but got "
-        f"{module!r} of type {type(module).__name__}{hint}"
+        f"{textwrap.shorten(repr(module), 120)} of type {type(module).__name__}{hint}"
     )
 
 

@@ -14,7 +14,8 @@ from ._indexing import full_index, scale_index
 
 _REMEDY = (
     "use mpjax_kernels.dot_general / matmul / einsum, "
-    "or dequantize it with mpjax_kernels.dequantize"
+    "or dequantize it with mpjax_kernels.dequantize. "
+    "(A weight that mpjax.quantize made is applied by the model as mpjax.wrap returned it.)"
 )
 
 

@@ -20,11 +20,7 @@ def quantize(
     model: nn.Module, variables: Mapping[str, Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
     """See `mpjax.quantize`."""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError(
-            "`variables` must be what `init` returned, a dict with 'params', but got "
-            f"{type(variables).__name__}: call mp.quantize(model, variables, x)"
-        )
+    _check_variables(variables, "mp.quantize(model, variables, x)")
     observation = trace(model, variables, *args, **kwargs)
     if not observation.products:
         raise ValueError(
@@ -37,6 +33,18 @@ def quantize(
     if isinstance(variables, FrozenDict):
         return freeze({**variables, "params": params})
     return {**variables, "params": params}
+
+
+def _check_variables(variables: Any, call: str) -> Mapping[str, Any]:
+    if isinstance(variables, Mapping) and "params" in variables:
+        return variables
+    got = type(variables).__name__
+    if isinstance(variables, Mapping) and variables:
+        got = f"a {got} with {', '.join(repr(name) for name in variables)}"
+    raise TypeError(
+        "`variables` must be what `init` returned, a dict with 'params', "
+        f"but got {got}: call {call}"
+    )
 
 
 def trace(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Observation:
@@ -96,7 +104,7 @@ def layer_policies(
             "a Linen module does not hold its layers: call mp.layer_policies(model, variables), "
             "with what `init` returned or its shapes"
         )
-    params = variables.get("params", {})
+    params = _check_variables(variables, "mp.layer_policies(model, variables)")["params"]
     owners = [join(path) for path, owns in nodes(params) if owns]
     policies = {path: resolve(policy_of(model), path) for path in owners}
     if not args and not kwargs:

@@ -196,4 +196,4 @@ def _check(module: nn.Module, params: Mapping[str, Any], visits: Visits) -> None
     check_keys(policy_of(module), layers, containers, name, strict=getattr(module, STRICT))
     called = [p for p in visits.kept if owners.get(p)]
     if called and all(visits.kept[p] for p in called):
-        warnings.warn(no_effect_message(name, called), stacklevel=4)
+        warnings.warn(no_effect_message(name, called), stacklevel=3)

@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+import mpjax_kernels as mk
+
 from .._adapters import POLICY, ROOT, no_effect_message, output_dtype_at
 from .._paths import check_keys, join
 from .._policy import DTypePolicy
@@ -21,14 +23,22 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
     containers = [join(path) for path, m in modules.items() if not is_layer(m)]
     name = base_class(module).__name__
     check_keys(policy, layers, containers, name, strict=strict)
-    resolved = {path: resolve(policy, join(path)) for path in modules}  # may raise, so comes first
-    if is_wrapped(module):
-        unwrap(module)
+    resolved = {path: resolve(policy, join(path)) for path in modules}
     for path, each in modules.items():
-        root = policy if each is module else None
-        if root is None and author_dtype(each) is not None:
-            continue
-        _adopt(each, resolved[path], output_dtype_at(policy, join(path)), root)
+        _check_quantized(each, resolved[path], join(path))
+    owned = [v for m in modules.values() for v in own_variables(m)]
+    before = [(each, type(each)) for each in [*modules.values(), *owned]]
+    try:
+        for each, _ in before:
+            set_class(each, base_class(each))
+        for path, each in modules.items():
+            root = policy if each is module else None
+            if root is not None or author_dtype(each) is None:
+                _adopt(each, resolved[path], output_dtype_at(policy, join(path)), root)
+    except BaseException:  # a user's rule may raise anything: the module is as it was
+        for each, cls in before:
+            set_class(each, cls)
+        raise
     kept = [join(path) for path, m in modules.items() if _parameters(m) and author_dtype(m)]
     if kept and len(kept) == sum(1 for m in modules.values() if _parameters(m)):
         warnings.warn(no_effect_message(name, kept), stacklevel=3)
@@ -54,15 +64,17 @@ def policy_of(module: nnx.Module) -> Any:
     return getattr(type(module), ROOT)
 
 
-def layer_policies(module: nnx.Module, variables: Any = None) -> dict[str, DTypePolicy]:
+def layer_policies(
+    module: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
+) -> dict[str, DTypePolicy]:
     """See `mpjax.layer_policies`."""
-    if variables is not None:
+    if variables is not None or args or kwargs:
         raise TypeError("an NNX model holds its layers: call mp.layer_policies(model)")
     policies = {}
     modules = _modules(module)
     for path in sorted(modules, key=lambda path: _position(module, path)):
         each, own = modules[path], author_dtype(modules[path])
-        if is_layer(each):
+        if _parameters(each):
             policies[join(path)] = DTypePolicy(own) if own else getattr(type(each), POLICY)
     return policies
 
@@ -97,6 +109,16 @@ def _own_modules(module: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
         for path, m in modules.items()
         if not any(path[: len(root)] == root for root in nested)
     }
+
+
+def _check_quantized(module: nnx.Module, policy: DTypePolicy, path: str) -> None:
+    for variable in own_variables(module):
+        value = variable.get_raw_value()
+        if isinstance(value, mk.QTensor) and policy.quantization_mode is None:
+            raise ValueError(
+                f"layer '{path}' is quantized ({value!r}), which {policy!r} cannot undo: keep a "
+                "quantized policy, or load the float weights first"
+            )
 
 
 def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
