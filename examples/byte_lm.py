@@ -24,11 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import byte_lm_data as data
-import numpy as np
-from byte_lm_models import Shape
-from byte_lm_runs import LinenRun, NNXRun, Run, make_optimizer
-
 try:
     from byte_lm_report import (
         BFLOAT16,
@@ -45,9 +40,15 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError as error:
-    if error.name not in ("rich", "matplotlib"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("rich", "matplotlib"):
         raise
-    sys.exit(f'the demo needs `{error.name}`, which is not installed: pip install "mpjax[demo]"')
+    sys.exit(f'the demo needs `{package}`, which is not installed: pip install "mpjax[demo]"')
+
+import byte_lm_data as data
+import numpy as np
+from byte_lm_models import Shape
+from byte_lm_runs import LinenRun, NNXRun, Run, make_optimizer
 
 BITS = 1 / math.log(2)  # bits in a nat
 PROMPT = b"def "
@@ -58,7 +59,7 @@ class Settings:
     """Sizes of a run; `evaluated` bounds the held-out bytes, None takes every held-out file."""
 
     shape: Shape = Shape(context=64, width=192, depth=4, heads=4)
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 8
     learning_rate: float = 1.5e-3
     evaluation_batch: int = 32
@@ -93,7 +94,8 @@ def main() -> int:
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=console, refresh_per_second=2) as progress:
-            sample = work(NNXRun if options.nnx else LinenRun, settings, result, progress)
+            make_run = NNXRun if options.nnx else LinenRun
+            sample = work(make_run, settings, (train, held_out), result, progress)
     except KeyboardInterrupt:
         interrupted = True
         console.print("Interrupted: this is what was measured so far.")
@@ -125,10 +127,15 @@ def parse_options() -> tuple[argparse.Namespace, Settings]:
     return options, dataclasses.replace(QUICK if options.quick else Settings(), **given)
 
 
-def work(make_run: type, settings: Settings, result: Result, progress: Progress) -> bytes:
+def work(
+    make_run: type,
+    settings: Settings,
+    text: tuple[np.ndarray, np.ndarray],
+    result: Result,
+    progress: Progress,
+) -> bytes:
     """Trains, quantizes, evaluates and samples; fills `result` as it goes, returns the sample."""
-    train, held_out = data.load()
-    held_out = held_out[: settings.evaluated]
+    train, held_out = text
     context = settings.shape.context
     tx = make_optimizer(settings.learning_rate, settings.steps)
     runs = {name: make_run(name, settings.shape, settings.seed, tx) for name in (FLOAT32, BFLOAT16)}
@@ -210,7 +217,7 @@ def timed(call: Callable[..., float], *args: Any) -> tuple[float, float]:
 
 
 def report(console: Console, result: Result, sample: bytes, path: Path) -> None:
-    """Prints the sample, the table and the remarks, and writes the figure if there are losses."""
+    """Prints the sample, table and remarks that there are, and draws the losses, if any."""
     if sample:
         text = sample.decode("ascii", "backslashreplace")
         console.print("\nA sample of the int8 model:\n")
@@ -219,7 +226,7 @@ def report(console: Console, result: Result, sample: bytes, path: Path) -> None:
     console.print(make_table(result))
     for line in remarks(result):
         console.print(line, highlight=False)
-    if all(row.losses for row in result.rows.values() if row.step_times or row.losses):
+    if any(row.losses for row in result.rows.values()):
         write_figure(result, path)
         console.print(f"Loss curves: {path}", highlight=False)
 

@@ -55,12 +55,12 @@ class LinenRun:
         tokens = jnp.zeros((1, shape.context), jnp.int32)
         self._variables = jax.jit(self._model.init)(jax.random.key(seed), tokens)
         self._moments = tx.init(self._variables)
-        self._train = jax.jit(partial(_linen_train, self._model, tx), donate_argnums=(0, 1))
+        self._train = jax.jit(partial(linen_train, self._model, tx), donate_argnums=(0, 1))
         self._compile_forward()
 
     def _compile_forward(self) -> None:
         self._apply = jax.jit(self._model.apply)
-        self._total = jax.jit(partial(_linen_total, self._model))
+        self._total = jax.jit(partial(linen_total, self._model))
 
     def train_step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
         self._variables, self._moments, loss = self._train(
@@ -88,7 +88,7 @@ class LinenRun:
         return run
 
 
-def _linen_train(model, tx, variables, moments, inputs, targets):
+def linen_train(model, tx, variables, moments, inputs, targets):
     loss, gradients = jax.value_and_grad(
         lambda variables: losses(model.apply(variables, inputs), targets).mean()
     )(variables)
@@ -96,7 +96,7 @@ def _linen_train(model, tx, variables, moments, inputs, targets):
     return optax.apply_updates(variables, updates), moments, loss
 
 
-def _linen_total(model, variables, inputs, targets, weights):
+def linen_total(model, variables, inputs, targets, weights):
     return jnp.sum(losses(model.apply(variables, inputs), targets) * weights)
 
 
@@ -108,13 +108,13 @@ class NNXRun:
         self._optimizer = nnx.Optimizer(self._model, tx, wrt=nnx.Param)
 
     def train_step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
-        return float(_nnx_train(self._model, self._optimizer, inputs, targets))
+        return float(nnx_train(self._model, self._optimizer, inputs, targets))
 
     def total_loss(self, inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
-        return float(_nnx_total(self._model, inputs, targets, weights))
+        return float(nnx_total(self._model, inputs, targets, weights))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(_nnx_call(self._model, tokens), np.float32)
+        return np.asarray(nnx_call(self._model, tokens), np.float32)
 
     def weights(self) -> Any:
         return nnx.state(self._model)
@@ -128,17 +128,17 @@ class NNXRun:
 
 
 @nnx.jit
-def _nnx_train(model, optimizer, inputs, targets):
+def nnx_train(model, optimizer, inputs, targets):
     loss, gradients = nnx.value_and_grad(lambda model: losses(model(inputs), targets).mean())(model)
     optimizer.update(model, gradients)
     return loss
 
 
 @nnx.jit
-def _nnx_total(model, inputs, targets, weights):
+def nnx_total(model, inputs, targets, weights):
     return jnp.sum(losses(model(inputs), targets) * weights)
 
 
 @nnx.jit
-def _nnx_call(model, tokens):
+def nnx_call(model, tokens):
     return model(tokens)

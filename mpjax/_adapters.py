@@ -1,5 +1,6 @@
 """What the Linen and the NNX adapter share."""
 
+import inspect
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,10 +27,33 @@ class PolicyAttribute:
         return self if obj is None else self._policy
 
 
+def floating_name(dtype: Any) -> str | None:
+    """The name of a floating dtype that a layer was given by `dtype=`; None for anything else."""
+    try:
+        named = jnp.dtype(dtype) if dtype is not None else None
+    except TypeError:  # a `dtype` attribute of another meaning, such as "image"
+        return None
+    return named.name if named is not None and jnp.issubdtype(named, jnp.inexact) else None
+
+
 def takes_self(function: Any) -> bool:
     """Whether a class attribute is a method: a function, or what `jit` or `remat` made of one."""
     plain = not isinstance(function, type | staticmethod | classmethod | property)
     return plain and callable(function) and hasattr(function, "__get__")
+
+
+def refuse_if_suspended(method: Any) -> None:
+    """Raises for a generator or a coroutine, whose body runs when the policy no longer does."""
+    inner = inspect.unwrap(method)
+    if (
+        inspect.isgeneratorfunction(inner)
+        or inspect.iscoroutinefunction(inner)
+        or inspect.isasyncgenfunction(inner)
+    ):
+        raise NotImplementedError(
+            f"`{inner.__qualname__}` is a generator or a coroutine: its body runs after the call "
+            "has returned, where no policy reaches it. Let it call a method that is neither"
+        )
 
 
 def is_half(policy: DTypePolicy) -> bool:

@@ -69,14 +69,8 @@ def nnx_attention(
     precision: Any = None,
     module: Any = None,
     is_causal: bool = False,
-    *,
-    compute_dtype: Any = None,
 ) -> Array:
-    """`flax.nnx.dot_product_attention` with a float32 softmax: grouped queries, causal masks, sow.
-
-    Operands are first cast to `compute_dtype`: a float32 cache does not widen the products.
-    """
-    query, key, value = (jnp.asarray(x, compute_dtype) for x in (query, key, value))
+    """`flax.nnx.dot_product_attention` with a float32 softmax; same arguments and shapes."""
     groups = query.shape[-2] // key.shape[-2]
     if groups * key.shape[-2] != query.shape[-2]:
         raise ValueError(

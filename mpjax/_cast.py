@@ -24,6 +24,15 @@ def cast_array(x: Any, dtype: Any) -> Any:
     return x
 
 
+def in_dtypes_of(value: Any, stored: Any) -> Any:
+    """`value` with its floats in the dtypes of `stored`, where the two trees correspond."""
+    if jax.tree.structure(value) != jax.tree.structure(stored):
+        return value
+    return jax.tree.map(
+        lambda new, old: cast_array(new, old.dtype) if is_floating(old) else new, value, stored
+    )
+
+
 def cast_floating(tree: Any, dtype: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Casts every floating array leaf of `tree` to `dtype`.
 

@@ -23,6 +23,11 @@ def nodes(params: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
         yield from nodes(child, (*prefix, name))
 
 
+def owner_paths(params: Any) -> Iterator[tuple[str, ...]]:
+    """Paths of the modules that own parameters, in order."""
+    return (path for path, owns in nodes(params) if owns)
+
+
 def _reaches(key: str, path: str) -> bool:
     return key == path or re.fullmatch(key, path) is not None
 

@@ -79,6 +79,7 @@ class Int8DotGeneral:
             dimension_numbers,
             precision=precision,
             preferred_element_type=jnp.dtype(preferred_element_type or self.compute_dtype),
+            implementation="xla",  # int8 x int8 or an error, never a float32 product in silence
         )
 
 
@@ -112,6 +113,7 @@ class Int8Einsum:
             rhs,
             precision=precision,
             preferred_element_type=jnp.dtype(preferred_element_type or self.compute_dtype),
+            implementation="xla",  # int8 x int8 or an error, never a float32 product in silence
         )
 
 

@@ -8,8 +8,7 @@ from jax.core import Tracer
 
 import mpjax_kernels as mk
 
-from ._policy import DTypePolicy
-from ._wrap import wrapped_adapter_of
+from ._wrap import policies_of, wrapped_adapter_of
 
 
 def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -41,19 +40,20 @@ def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> An
         another model, are quantized already, or hold a NaN or an infinity (named by its path).
       TypeError: `model` is not a Flax module, or arguments are missing.
     """
-    adapter = wrapped_adapter_of(model)
-    policy = adapter.policy_of(model)
-    if not any(p.quantization_mode for p in _all_policies(policy)):
-        raise ValueError(
-            f"nothing to quantize: the policy of {type(model).__name__}, {policy!r}, has no "
-            "quantization mode. Wrap the model with one that has, such as "
-            "'int8_from_mixed_bfloat16'"
+    return wrapped_adapter_of(model).quantize(model, variables, *args, **kwargs)
+
+
+def nothing_to_quantize(model: str, policy: Any) -> ValueError:
+    """The error for a model in which no layer is both quantizable and under a quantized policy."""
+    if any(each.quantization_mode is not None for each in policies_of(policy)):
+        return ValueError(
+            f"nothing to quantize: the policy of {model}, {policy!r}, reaches no layer that can be "
+            "quantized: a dense layer, an einsum or an attention projection of Flax"
         )
-    return adapter.quantize(model, variables, *args, **kwargs)
-
-
-def _all_policies(policy: Any) -> list[DTypePolicy]:
-    return [getattr(policy, "default_policy", policy), *getattr(policy, "values", list)()]
+    return ValueError(
+        f"nothing to quantize: the policy of {model}, {policy!r}, has no quantization mode. Wrap "
+        "the model with one that has, such as 'int8_from_mixed_bfloat16'"
+    )
 
 
 def quantize_weight(weight: Any, contracting: tuple[int, ...], path: str) -> mk.QTensor:

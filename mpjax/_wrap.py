@@ -56,7 +56,7 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
             "mp.DTypePolicyMap('mixed_bfloat16', {...})"
         )
     frozen = freeze(get_policy(policy))
-    for each in _policies(frozen):
+    for each in policies_of(frozen):
         _check_dtypes(each)
     require_available(frozen)
     return adapter.wrap(module, frozen, strict=strict)
@@ -104,7 +104,8 @@ def wrapped_adapter_of(module: Any) -> ModuleType:
     return adapter
 
 
-def _policies(policy: Any) -> tuple[DTypePolicy, ...]:
+def policies_of(policy: Any) -> tuple[DTypePolicy, ...]:
+    """The one policy, or a map's default and values."""
     if isinstance(policy, FrozenDTypePolicyMap):
         return (policy.default_policy, *policy.values())
     return (policy,)
@@ -113,11 +114,11 @@ def _policies(policy: Any) -> tuple[DTypePolicy, ...]:
 def _check_dtypes(policy: DTypePolicy) -> None:
     for role in ("compute", "variable", "output"):
         dtype = getattr(policy, f"{role}_dtype")
-        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating) or jnp.dtype(dtype).itemsize < 2:
             raise ValueError(
                 f"policy {policy!r} has {role} dtype {dtype}: a module can only be wrapped with "
-                "floating-point policies, such as 'mixed_bfloat16'; for integer weights use a "
-                "quantized policy, such as 'int8_from_mixed_bfloat16'"
+                "floating-point policies of 16 bits or more, such as 'mixed_bfloat16'; for 8 bits "
+                "use a quantized policy, such as 'int8_from_mixed_bfloat16'"
             )
         if dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError(

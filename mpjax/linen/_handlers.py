@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from .._adapters import is_half
 from .._attention import linen_attention
-from .._cast import cast_array
+from .._cast import in_dtypes_of
 from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
-from ._layer import Layer, lent
+from ._layer import Layer, author_dtype, lent
 
 Call = Callable[..., Any]
 Handler = Callable[[Layer, Call, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -61,7 +60,7 @@ def handler_of(module: nn.Module) -> Handler | None:
 
 def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs the layer with its parameters read in the compute dtype."""
-    with lent(layer.module, param=layer.param()):
+    with lent(layer.module, param=layer.param(), variable=layer.variable("params")):
         return call(*args, **kwargs)
 
 
@@ -71,7 +70,9 @@ register(nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed, nn.PReLU)(default)
 @register(nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 def _norm(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Statistics, scale and bias stay float32, as Flax does given `dtype=`; the output does not."""
-    with lent(layer.module, param=layer.param(cast=False), dtype=layer.policy.compute_dtype):
+    with lent(
+        layer.module, param=layer.param(keeps=("scale", "bias")), dtype=layer.policy.compute_dtype
+    ):
         return call(*args, **kwargs)
 
 
@@ -84,7 +85,7 @@ def _dot(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, A
     compute_dtype = layer.policy.compute_dtype
     with lent(
         module,
-        param=layer.param(cast=False),
+        param=layer.param(keeps=("kernel",)),
         promote_dtype=PromoteAroundKernel(compute_dtype, variadic=True),
         dot_general=Int8DotGeneral(compute_dtype, layer.full_path),
     ):
@@ -102,7 +103,7 @@ def _einsum(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str
 def _quantized_einsum(layer: Layer, inputs: Any, einsum_str: str | None = None) -> Any:
     module: Any = layer.module
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str).replace(" ", "")
-    param = layer.param(cast=False)
+    param = layer.param(keeps=("kernel",))
     kernel = param("kernel", module.kernel_init, module.shape, module.param_dtype)
     einsum = Int8Einsum(layer.policy.compute_dtype, layer.full_path)
     inputs = jnp.asarray(inputs, layer.policy.compute_dtype)
@@ -123,15 +124,16 @@ def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[
         or module.qk_attn_weights_einsum_cls is not None
     )
     attention = {} if author or not is_half(layer.policy) else {"attention_fn": linen_attention}
-    with lent(module, variable=layer.variable(), **attention):
-        return default(layer, call, args, kwargs)
+    variable = layer.variable("params", "cache")
+    with lent(module, param=layer.param(), variable=variable, **attention):
+        return call(*args, **kwargs)
 
 
 @register(nn.RNN)
 def _rnn(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The carry that `nn.RNN` makes enters its scan in the compute dtype."""
     cell: Any = layer.module.cell  # pyright: ignore[reportAttributeAccessIssue]
-    if cell.dtype is not None:
+    if author_dtype(cell) is not None:
         return default(layer, call, args, kwargs)
     own_initialize_carry = cell.initialize_carry
 
@@ -145,6 +147,8 @@ def _rnn(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, A
 @register(nn.RNNCellBase)
 def _cell(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Under a user's own `nn.scan` the carry leaves in the dtype in which it came."""
+    if layer.method != "__call__":
+        return default(layer, call, args, kwargs)
     carry, output = default(layer, call, args, kwargs)
     came = kwargs["carry"] if "carry" in kwargs else args[0]
-    return jax.tree.map(lambda new, old: cast_array(new, old.dtype), carry, came), output
+    return in_dtypes_of(carry, came), output

@@ -1,8 +1,9 @@
 """The interceptor: finds each layer's path and policy, casts what enters it, calls its handler.
 
 Floating arguments are cast on entry to the wrapped module and to every layer: a module of a
-registered type, or one that owns parameters. A module of the user's that only holds others passes
-on what it receives, so that its hand-written arithmetic keeps the dtypes it would have.
+registered type, or one that owns parameters and holds no other layer. A module of the user's that
+holds others passes on what it receives, so that its hand-written arithmetic keeps the dtypes it
+would have. Parameters come in the compute dtype everywhere.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from .._adapters import output_dtype_at
 from .._cast import cast_floating
@@ -19,7 +19,7 @@ from .._paths import join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
 from ._handlers import default, handler_of
-from ._layer import Layer
+from ._layer import Layer, author_dtype
 
 
 @dataclasses.dataclass
@@ -33,13 +33,6 @@ class Visits:
     kept: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
-def author_dtype(module: nn.Module) -> str | None:
-    """The dtype that the module's author gave it by `dtype=`, by name, or None."""
-    fields = {field.name for field in dataclasses.fields(module)}
-    dtype = getattr(module, "dtype", None) if "dtype" in fields else None
-    return None if dtype is None else jnp.dtype(dtype).name
-
-
 def interceptor(frame: Frame, visits: Visits) -> Callable[..., Any]:
     """The function for `flax.linen.intercept_methods` that puts the frame's policy into force."""
 
@@ -50,27 +43,29 @@ def interceptor(frame: Frame, visits: Visits) -> Callable[..., Any]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module, method = context.module, context.method_name
-        if active.value != frame or module.scope is None or not _is_entry(method):
+        if active.value != frame or module.scope is None:
             return call(*args, **kwargs)
-        path = join(module.path[len(frame.root) :])
-        policy, own = resolve(frame.policy, path), author_dtype(module)
+        path, policy = _resolve(frame, module.path)
+        own = author_dtype(module)
         if path not in visits.kept:
             visits.kept[path] = own is not None
             _observe(frame, join(module.path), DTypePolicy(own) if own else policy)
         if own is not None:
             return call(*args, **kwargs)
         layer = Layer(module, method, path, join(module.path), policy)
-        output_dtype = (
-            output_dtype_at(frame.policy, path) if path else None
-        )  # see `_wrap._entering`
+        # The output of the wrapped module itself (path "") is cast by `_wrap._call`.
+        output_dtype = output_dtype_at(frame.policy, path) if path else None
         return _run(layer, call, args, kwargs, output_dtype)
 
     return intercept
 
 
-def _is_entry(method: str) -> bool:
-    """Public methods and `setup`; a private helper, or a lambda, gets what its caller has."""
-    return method == "__call__" or not method.startswith(("_", "<"))
+def _resolve(frame: Frame, full_path: tuple[str, ...]) -> tuple[str, DTypePolicy]:
+    """A module's path from the wrapped one, and its policy; the default for one from outside it."""
+    inside = full_path[: len(frame.root)] == frame.root
+    path = join(full_path[len(frame.root) :] if inside else full_path)
+    default_policy = getattr(frame.policy, "default_policy", frame.policy)
+    return path, resolve(frame.policy, path) if inside else default_policy
 
 
 def _run(
@@ -81,13 +76,20 @@ def _run(
     output_dtype: str | None,
 ) -> Any:
     handler = handler_of(layer.module)
+    if layer.method.startswith(("_", "<")) and layer.method != "__call__":
+        # A private helper or a lambda gets its arguments as they are.
+        return (call if handler else _reading(layer, call))(*args, **kwargs)
     if layer.method == "setup":
         return (handler or default)(layer, call, args, kwargs)
-    if handler is not None or _owns_parameters(layer.module):
-        output = (handler or default)(layer, _casting(layer, call), args, kwargs)
+    if handler is None and not _is_leaf_layer(layer.module):
+        output = _reading(layer, call)(*args, **kwargs)
     else:
-        output = default(layer, call, args, kwargs)
+        output = (handler or default)(layer, _casting(layer, call), args, kwargs)
     return output if output_dtype is None else cast_floating(output, output_dtype)
+
+
+def _reading(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: default(layer, call, args, kwargs)
 
 
 def _casting(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,13 +100,15 @@ def _casting(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
     return cast_and_call
 
 
-def _owns_parameters(module: nn.Module) -> bool:
-    """Whether the module is a layer; one that only holds others leaves what passes through it.
+def _is_leaf_layer(module: nn.Module) -> bool:
+    """Whether the module owns parameters and holds no module that does.
 
-    So a residual stream that enters a scanned block in float32 leaves it in float32. While a user's
-    own @nn.compact layer is being initialized this is not known yet, and False.
+    One that holds others passes on what it receives, so that a residual stream that enters a
+    scanned block in float32 leaves it in float32. While a user's own @nn.compact layer is being
+    initialized it owns nothing yet.
     """
-    return any(not isinstance(x, Mapping) for x in module.variables.get("params", {}).values())
+    params = module.variables.get("params", {})
+    return bool(params) and not any(isinstance(x, Mapping) for x in params.values())
 
 
 def _observe(frame: Frame, full_path: str, policy: DTypePolicy) -> None:

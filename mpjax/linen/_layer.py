@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +11,15 @@ import jax.numpy as jnp
 
 import mpjax_kernels as mk
 
-from .._cast import cast_floating
+from .._adapters import floating_name
+from .._cast import cast_floating, in_dtypes_of
 from .._policy import DTypePolicy
+
+
+def author_dtype(module: nn.Module) -> str | None:
+    """The dtype that the module's author gave it by `dtype=`, by name, or None."""
+    fields = {field.name for field in dataclasses.fields(module)}
+    return floating_name(getattr(module, "dtype", None)) if "dtype" in fields else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +44,13 @@ class Layer:
         """`tree` with its floating arrays in the layer's compute dtype."""
         return cast_floating(tree, self.policy.compute_dtype)
 
-    def param(self, *, cast: bool = True) -> Callable[..., Any]:
+    def param(self, *, keeps: Sequence[str] = ()) -> Callable[..., Any]:
         """A stand-in for `module.param` that follows the policy.
 
         A parameter created here in float32, Flax's default, is created in the variable dtype
         instead; one that its author created in another dtype keeps it. What is read comes in the
-        compute dtype (`cast`), while the stored parameter, and so its gradient, does not change.
+        compute dtype, but for the names in `keeps`; the stored parameter, and so its gradient,
+        does not change.
         """
 
         def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -50,15 +58,20 @@ class Layer:
                 init_fn = _initialized_in(self.policy.variable_dtype, init_fn)
             value = type(self.module).param(self.module, name, init_fn, *args, **kwargs)
             self._check_quantized(name, value)
-            return self.cast(value) if cast else value
+            return value if name in keeps else self.cast(value)
 
         return param
 
-    def variable(self) -> Callable[..., Any]:
-        """A stand-in for `module.variable`: floats read in the compute dtype, kept in their own."""
+    def variable(self, *collections: str) -> Callable[..., Any]:
+        """A stand-in for `module.variable` that follows the policy in some collections.
+
+        Floats read in the compute dtype there, and are written back in their own.
+        """
 
         def variable(collection: str, name: str, *args: Any, **kwargs: Any) -> Any:
             own = type(self.module).variable(self.module, collection, name, *args, **kwargs)
+            if collection not in collections:
+                return own
             return _CastVariable(own, self.policy.compute_dtype)
 
         return variable
@@ -84,10 +97,7 @@ class _CastVariable:
 
     @value.setter
     def value(self, value: Any) -> None:
-        stored = jax.tree.leaves(self._variable.value)[0].dtype
-        self._variable.value = (
-            cast_floating(value, stored) if jnp.issubdtype(stored, jnp.floating) else value
-        )
+        self._variable.value = in_dtypes_of(value, self._variable.value)
 
 
 def _initialized_in(dtype: str, init_fn: Callable[..., Any]) -> Callable[..., Any]:

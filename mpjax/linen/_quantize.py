@@ -9,30 +9,39 @@ from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
 from .._context import Observation, Product, observe
-from .._paths import join, nodes
+from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
-from .._quantize import quantize_weight
+from .._quantize import nothing_to_quantize, quantize_weight
 from ._wrap import policy_of
 
 
-def quantize(
-    model: nn.Module, variables: Mapping[str, Any] | None, *args: Any, **kwargs: Any
-) -> Any:
+def quantize(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """See `mpjax.quantize`."""
-    _check_variables(variables, "mp.quantize(model, variables, x)")
+    variables = _check_variables(variables, "mp.quantize(model, variables, x)")
     observation = trace(model, variables, *args, **kwargs)
     if not observation.products:
-        raise ValueError(
-            f"no layer of {type(model).__name__} that this call meets can be quantized: the "
-            "policy quantizes Dense, DenseGeneral, Einsum and attention projections"
-        )
+        raise nothing_to_quantize(type(model).__name__, policy_of(model))
     params = unfreeze(variables["params"])
     for path, product in observation.products.items():
         _replace(params, path, product)
-    if isinstance(variables, FrozenDict):
-        return freeze({**variables, "params": params})
-    return {**variables, "params": params}
+    frozen = isinstance(variables, FrozenDict)
+    quantized = {**variables, "params": params}
+    _check_applies(model, quantized, *args, **kwargs)
+    return freeze(quantized) if frozen else quantized
+
+
+def _check_applies(model: nn.Module, quantized: Any, *args: Any, **kwargs: Any) -> None:
+    """Traces the model once more, on what it will be given from now on."""
+    try:
+        jax.eval_shape(*_call(model, quantized, *args, **kwargs))
+    except (NotImplementedError, TypeError, ValueError, errors.FlaxError) as error:
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot apply the weights that were quantized for it: {error} "
+            "A kernel that another module reads or transforms (nn.WeightNorm, nn.map_variables), "
+            "or that is stacked along an axis that is not the first, cannot be quantized: give its "
+            "layer a policy that is not quantized"
+        ) from error
 
 
 def _check_variables(variables: Any, call: str) -> Mapping[str, Any]:
@@ -49,6 +58,13 @@ def _check_variables(variables: Any, call: str) -> Mapping[str, Any]:
 
 def trace(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Observation:
     """Traces one `apply` by `jax.eval_shape` and returns what its layers reported."""
+    with observe() as observation:
+        _trace(lambda: jax.eval_shape(*_call(model, variables, *args, **kwargs)), model)
+    return observation
+
+
+def _call(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """A function of variables and array arguments alone, then those; flags stay Python's."""
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
 
@@ -57,9 +73,7 @@ def trace(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: 
         args, kwargs = jax.tree.unflatten(treedef, call)
         return model.apply(variables, *args, **kwargs)
 
-    with observe() as observation:
-        _trace(lambda: jax.eval_shape(apply, variables, arrays), model)
-    return observation
+    return apply, variables, arrays
 
 
 def _trace(run: Callable[[], Any], model: nn.Module) -> None:
@@ -105,7 +119,7 @@ def layer_policies(
             "with what `init` returned or its shapes"
         )
     params = _check_variables(variables, "mp.layer_policies(model, variables)")["params"]
-    owners = [join(path) for path, owns in nodes(params) if owns]
+    owners = [join(path) for path in owner_paths(params)]
     policies = {path: resolve(policy_of(model), path) for path in owners}
     if not args and not kwargs:
         return policies

@@ -12,6 +12,7 @@ class is made once per class and policy, so that equal wrapped modules are equal
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import types
@@ -28,13 +29,15 @@ from .._adapters import (
     PolicyAttribute,
     no_effect_message,
     output_dtype_at,
+    refuse_if_suspended,
     takes_self,
 )
 from .._cast import cast_floating
 from .._context import Frame, active, current_observation
-from .._paths import check_keys, join, nodes
-from .._policy_map import resolve
-from ._intercept import Visits, author_dtype, interceptor
+from .._paths import check_keys, join, nodes, owner_paths
+from .._policy_map import FrozenDTypePolicyMap, resolve
+from ._intercept import Visits, interceptor
+from ._layer import author_dtype
 
 
 def wrap(module: nn.Module, policy: Any, *, strict: bool) -> nn.Module:
@@ -53,6 +56,11 @@ def wrap(module: nn.Module, policy: Any, *, strict: bool) -> nn.Module:
 def unwrap(module: nn.Module) -> nn.Module:
     """Returns the module as it was before `wrap`."""
     return _construct(base_class(type(module)), module)
+
+
+def wrap_again(module: nn.Module, policy: Any, strict: bool) -> nn.Module:
+    """What unpickling calls: the dynamic class cannot be found by name."""
+    return wrap(module, policy, strict=strict)
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -90,6 +98,7 @@ def _wrapped_class(base: type[nn.Module], policy: Any, strict: bool) -> type[nn.
         BASE: base,
         POLICY: policy,
         STRICT: strict,
+        "__reduce__": lambda self: (wrap_again, (unwrap(self), policy, strict)),
         "apply": _entering_apply(base.apply),
         "init_with_output": _entering_init(base.init_with_output),
     }
@@ -122,8 +131,10 @@ def _entering(method: Callable[..., Any]) -> Callable[..., Any]:
     def entering(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.scope is None:  # Flax's own error says it best
             return method(self, *args, **kwargs)
+        refuse_if_suspended(method)
         with _entered(self) as visits:
-            output = _call(self, method, args, kwargs)
+            is_root = active.value.root == self.path
+            output = (_call if is_root else _pass)(self, method, args, kwargs)
             if visits is not None:
                 _check(self, self.variables.get("params", {}), visits)
         return output
@@ -146,6 +157,12 @@ def _call(
     output = method(module, *args, **kwargs)
     output_dtype = output_dtype_at(policy, "")
     return output if output_dtype is None else cast_floating(output, output_dtype)
+
+
+def _pass(
+    module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    return method(module, *args, **kwargs)
 
 
 def _entering_apply(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,12 +191,18 @@ def _entering_init(init_with_output: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _entered(module: nn.Module) -> Iterator[Visits | None]:
-    """Opens the module's frame, and yields its visits; None where the frame is open already."""
+    """Opens the module's frame, and yields its visits; None where the frame is open already.
+
+    It is open, too, inside a module of the same policy: a class that builds `type(self)(...)` in a
+    wrapped instance builds wrapped ones, and they are part of the whole.
+    """
     root = module.path if module.scope is not None else ()
     frame = Frame(policy_of(module), root, current_observation())
-    if active.value == frame:
-        yield None
-        return
+    around = active.value
+    if isinstance(around, Frame) and root[: len(around.root)] == around.root:
+        if dataclasses.replace(around, root=root) == frame:
+            yield None
+            return
     visits = Visits()
     with active(frame), nn.intercept_methods(interceptor(frame, visits)):
         yield visits
@@ -187,13 +210,15 @@ def _entered(module: nn.Module) -> Iterator[Visits | None]:
 
 def _check(module: nn.Module, params: Mapping[str, Any], visits: Visits) -> None:
     """Every key of the policy map reaches a layer, and the policy reaches some layer."""
-    name = type(module).__name__
-    owners = {join(path): owns for path, owns in nodes(params)}
-    seen = [*owners, *visits.kept]
-    parents = {path.rpartition("/")[0] for path in seen if path}
-    layers = [p for p in seen if owners.get(p) or (p not in parents and p not in owners)]
-    containers = [p for p in seen if p not in layers]
-    check_keys(policy_of(module), layers, containers, name, strict=getattr(module, STRICT))
-    called = [p for p in visits.kept if owners.get(p)]
-    if called and all(visits.kept[p] for p in called):
-        warnings.warn(no_effect_message(name, called), stacklevel=3)
+    name, policy = type(module).__name__, policy_of(module)
+    if isinstance(policy, FrozenDTypePolicyMap):
+        owners = {join(path): owns for path, owns in nodes(params)}
+        seen = [*owners, *visits.kept]
+        parents = {path.rpartition("/")[0] for path in seen if path}
+        layers = [p for p in seen if owners.get(p) or (p not in parents and p not in owners)]
+        containers = [p for p in seen if p not in layers]
+        check_keys(policy, layers, containers, name, strict=getattr(module, STRICT))
+    if any(visits.kept.values()):
+        called = [p for p in map(join, owner_paths(params)) if p in visits.kept]
+        if all(visits.kept[p] for p in called):
+            warnings.warn(no_effect_message(name, called), stacklevel=3)

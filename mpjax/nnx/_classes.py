@@ -1,18 +1,14 @@
-"""The dynamic subclasses that put NNX modules and variables under a policy.
+"""The dynamic subclasses that put NNX modules under a policy.
 
-Wrapping an NNX module changes the class of the objects in its graph and nothing else: no attribute,
-no weight, no metadata. So the state's treedef and the weights stay the user's, `split`, `merge` and
-`clone` carry the policy along (the class is part of the graph definition, hence of jit's cache
-key), and unwrapping is setting the class back.
+Wrapping an NNX module changes the class of the modules in its graph and nothing else: no attribute,
+no variable, no metadata. So the state and its treedef stay the user's, `split`, `merge` and `clone`
+carry the policy along (the class is part of the graph definition, hence of jit's cache key), and
+unwrapping is setting the class back.
 
-  a layer            its public methods cast their floating arguments; so do the wrapped module's
-  one with a rule    is lent attributes (`dtype`, `promote_dtype`, `dot_general`, ...) by data
-                     descriptors in the class, which shadow the instance's own
-  one without        its own parameters get a subclass of `nnx.Param` that casts on read, inside a
-                     wrapped call only: optimizers, `split` and checkpoints see the master weights
-
-Flax's other door for that, an `on_get_value` hook in a variable's metadata, is deprecated, and is
-lost as soon as `nnx.update` loads a state saved without it.
+  reads      of a module's own parameters come in the compute dtype (`_views.py`)
+  calls      of a layer's public methods cast their floating arguments; so do the wrapped module's
+  a rule     lends a layer attributes (`dtype`, `promote_dtype`, `dot_general`, ...) by data
+             descriptors in the class, which shadow the instance's own
 """
 
 import functools
@@ -21,13 +17,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
-from .._adapters import BASE, POLICY, ROOT, PolicyAttribute, takes_self
+from .._adapters import BASE, POLICY, ROOT, PolicyAttribute, refuse_if_suspended, takes_self
 from .._cast import cast_floating
 from .._context import Frame, active
 from .._policy import DTypePolicy
+from ._views import reading
 
 
 def base_class(obj: Any) -> type:
@@ -59,6 +55,7 @@ def module_class(
     policy: DTypePolicy,
     lent: tuple[tuple[str, Any], ...],
     *,
+    keeps: frozenset[str] = frozenset(),
     casts: bool,
     output_dtype: str | None = None,
     root: Any = None,
@@ -69,6 +66,7 @@ def module_class(
       base: the user's, or Flax's, module class.
       policy: the policy that the module's path resolved to.
       lent: names and values of attributes that shadow the instance's own.
+      keeps: names of parameters that are read as they are stored.
       casts: whether public methods cast their floating arguments to the compute dtype.
       output_dtype: dtype to cast the floating outputs of public methods to; None leaves them.
       root: the frozen policy as a whole, for the module that `wrap` was called on; else None.
@@ -77,62 +75,19 @@ def module_class(
     namespace |= {name: _Lent(name, value) for name, value in lent}
     for name in _public_methods(base):
         namespace[name] = _entering(getattr(base, name), policy, casts, output_dtype)
-    if issubclass(base, nnx.MultiHeadAttention):
-        namespace["init_cache"] = _adopting_cache(base.init_cache, policy.compute_dtype)
+    kinds = (nnx.Param, nnx.Cache) if issubclass(base, nnx.MultiHeadAttention) else (nnx.Param,)
+    namespace["__getattribute__"] = reading(base, policy.compute_dtype, kinds, keeps)
     if root is not None and not hasattr(base, "policy"):
         namespace["policy"] = PolicyAttribute(root)
     return _subclass(base, namespace, pytree=base._pytree__is_pytree)
 
 
 @functools.cache
-def variable_class(base: type, dtype: str) -> type:
-    """The subclass of a variable type that reads as `dtype` inside a wrapped call.
-
-    What is written there is cast back: the variable keeps its own dtype.
-    """
-
-    def get_value(self: Any, **index: Any) -> Any:
-        value = base.get_value(self, **index)  # pyright: ignore[reportAttributeAccessIssue]
-        return value if active.value is None else cast_floating(value, dtype)
-
-    def set_value(self: Any, value: Any, **index: Any) -> None:
-        stored = self.get_raw_value().dtype
-        if active.value is not None and jnp.issubdtype(stored, jnp.floating):
-            value = cast_floating(value, stored)
-        base.set_value(self, value, **index)  # pyright: ignore[reportAttributeAccessIssue]
-
-    namespace = {BASE: base, "get_value": get_value, "set_value": set_value}
-    return _subclass(base, namespace)
-
-
-def cast_on_read(module: nnx.Module, kind: type[nnx.Variable], dtype: str) -> None:
-    """Gives the module's own variables of a kind the class that casts on read."""
-    for variable in own_variables(module):
-        if isinstance(variable, kind):
-            set_class(variable, variable_class(base_class(variable), dtype))
-
-
-def own_variables(module: nnx.Module) -> list[nnx.Variable]:
-    """The variables that a module holds itself, in lists and dicts too, not in submodules."""
-    found: list[nnx.Variable] = []
-    pending = list(vars(module).values())
-    while pending:
-        value = pending.pop()
-        if isinstance(value, nnx.Variable):
-            found.append(value)
-        elif isinstance(value, nnx.List | nnx.Dict | list | tuple | dict):
-            items = vars(value) if isinstance(value, nnx.Pytree) else value
-            pending.extend(items.values() if isinstance(items, dict) else items)
-    return found
-
-
-def _adopting_cache(init_cache: Callable[..., Any], dtype: str) -> Callable[..., Any]:
-    @functools.wraps(init_cache)
-    def adopting(self: Any, *args: Any, **kwargs: Any) -> None:
-        init_cache(self, *args, **kwargs)
-        cast_on_read(self, nnx.Cache, dtype)
-
-    return adopting
+def container_class(base: Any, policy: DTypePolicy) -> type:
+    """The subclass of `nnx.List` or `nnx.Dict` for one that holds a layer's own parameters."""
+    read = reading(base, policy.compute_dtype, (nnx.Param,), frozenset())
+    namespace = {BASE: base, "__getattribute__": read}
+    return _subclass(base, namespace, pytree=base._pytree__is_pytree)
 
 
 def _subclass(base: type, namespace: dict[str, Any], **keywords: Any) -> type:
@@ -160,6 +115,7 @@ def _entering(
 
     @functools.wraps(method)
     def entering(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_if_suspended(method)
         if casts:
             args, kwargs = cast_floating((args, kwargs), policy.compute_dtype, is_leaf=_is_nnx)
         if active.value is None:

@@ -7,7 +7,8 @@ from flax import nnx
 
 from .._paths import join
 from .._products import Int8DotGeneral, Int8Einsum
-from .._quantize import quantize_weight
+from .._quantize import nothing_to_quantize, quantize_weight
+from ._wrap import policy_of
 
 
 def quantize(model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any) -> nnx.Module:
@@ -19,10 +20,7 @@ def quantize(model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
         )
     kernels = list(_kernels(model))
     if not kernels:
-        raise ValueError(
-            f"no layer of {type(model).__name__} can be quantized: the policy quantizes Linear, "
-            "LinearGeneral, Einsum and attention projections"
-        )
+        raise nothing_to_quantize(type(model).__name__, policy_of(model))
     quantized = [  # all of them before the first is replaced: a NaN leaves the model as it was
         quantize_weight(kernel.get_raw_value(), contracting, path)
         for path, kernel, contracting in kernels

@@ -4,11 +4,12 @@ A rule is told a layer and its policy and returns the attributes to lend it:
 
     def rule(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]: ...
 
-A module without a rule reads its own parameters in the compute dtype; one with a rule is trusted
-to cast them. Floating arguments are cast for both.
+Rule or none, floating arguments and the module's own parameters come in the compute dtype; `keeps`
+names parameters that the layer wants as they are stored.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,16 +22,31 @@ from .._cast import cast_array
 from .._policy import DTypePolicy
 from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
 
-Rule = Callable[[nnx.Module, DTypePolicy], dict[str, Any]]
+Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A registered function, and the names of parameters that are read as they are stored."""
+
+    attributes: Attributes
+    kept: frozenset[str]
+
+    def keeps(self, lent: dict[str, Any]) -> frozenset[str]:
+        """`kept`, and the kernel of a quantized product: it is quantized from its master copy."""
+        quantized = any(isinstance(x, PromoteAroundKernel) for x in lent.values())
+        return self.kept | {"kernel"} if quantized else self.kept
+
 
 _RULES: dict[type, Rule] = {}
 
 
-def register(*layer_types: type) -> Callable[[Rule], Rule]:
+def register(*layer_types: type, keeps: Sequence[str] = ()) -> Callable[[Attributes], Attributes]:
     """Registers a rule for NNX layer types and their subclasses.
 
     Args:
       *layer_types: subclasses of `flax.nnx.Module`; a type registered again gets the new rule.
+      keeps: names of parameters that the layer reads in their own dtype, not in the compute dtype.
 
     Returns:
       A decorator that returns the rule unchanged.
@@ -44,9 +60,10 @@ def register(*layer_types: type) -> Callable[[Rule], Rule]:
                 f"`register` takes subclasses of flax.nnx.Module, but got {layer_type!r}"
             )
 
-    def decorate(rule: Rule) -> Rule:
+    def decorate(attributes: Attributes) -> Attributes:
+        rule = Rule(attributes, frozenset(keeps))
         _RULES.update(dict.fromkeys(layer_types, rule))
-        return rule
+        return attributes
 
     return decorate
 
@@ -86,7 +103,10 @@ def _einsum(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     return lent
 
 
-@register(nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+
+
+@register(*_NORMS, keeps=("scale", "bias"))
 def _norm(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
     """Statistics, scale, bias and running averages stay float32; the input and output do not.
 

@@ -1,18 +1,19 @@
 """`wrap` for NNX: gives every module in the graph the class that its path's policy asks for."""
 
 import warnings
+from collections.abc import Hashable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 import mpjax_kernels as mk
 
-from .._adapters import POLICY, ROOT, no_effect_message, output_dtype_at
+from .._adapters import POLICY, ROOT, floating_name, no_effect_message, output_dtype_at
 from .._paths import check_keys, join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
-from ._classes import base_class, cast_on_read, module_class, own_variables, set_class
+from ._classes import base_class, container_class, module_class, set_class
+from ._graph import own_containers, own_variables
 from ._rules import rule_of
 
 
@@ -26,8 +27,8 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
     resolved = {path: resolve(policy, join(path)) for path in modules}
     for path, each in modules.items():
         _check_quantized(each, resolved[path], join(path))
-    owned = [v for m in modules.values() for v in own_variables(m)]
-    before = [(each, type(each)) for each in [*modules.values(), *owned]]
+    containers_of = [c for m in modules.values() for c in own_containers(m)]
+    before = [(each, type(each)) for each in [*modules.values(), *containers_of]]
     try:
         for each, _ in before:
             set_class(each, base_class(each))
@@ -48,9 +49,8 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
 def unwrap(module: nnx.Module) -> nnx.Module:
     """Gives every object of the graph its own class back."""
     for each in _own_modules(module).values():
-        set_class(each, base_class(each))
-        for variable in own_variables(each):
-            set_class(variable, base_class(variable))
+        for obj in (each, *own_containers(each)):
+            set_class(obj, base_class(obj))
     return module
 
 
@@ -74,8 +74,15 @@ def layer_policies(
     modules = _modules(module)
     for path in sorted(modules, key=lambda path: _position(module, path)):
         each, own = modules[path], author_dtype(modules[path])
-        if _parameters(each):
-            policies[join(path)] = DTypePolicy(own) if own else getattr(type(each), POLICY)
+        if not _parameters(each):
+            continue
+        policy = DTypePolicy(own) if own else getattr(type(each), POLICY, None)
+        if policy is None:
+            raise ValueError(
+                f"layer '{join(path)}' follows no policy: it was added, or unwrapped, after the "
+                "model was wrapped. Call mp.wrap(model, policy) again"
+            )
+        policies[join(path)] = policy
     return policies
 
 
@@ -86,7 +93,7 @@ def author_dtype(module: nnx.Module) -> str | None:
         isinstance(module, nnx.Embed) and dtype == module.embedding.get_raw_value().dtype
     ):  # `nnx.Embed` fills in the table's dtype where its author gave none
         return None
-    return jnp.dtype(dtype).name
+    return floating_name(dtype)
 
 
 def is_layer(module: nnx.Module) -> bool:
@@ -134,20 +141,41 @@ def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any) -> None:
-    base = base_class(module)
-    rule = rule_of(base) if author_dtype(module) is None else None
-    lent = {} if rule is None else rule(module, policy)
-    # As in Linen, a module that only holds others passes on what it receives.
-    casts = root is not None or rule is not None or bool(_parameters(module))
-    items = tuple(lent.items())
-    set_class(
-        module,
-        module_class(base, policy, items, casts=casts, output_dtype=output_dtype, root=root),
+    base, rule, own = base_class(module), rule_of(base_class(module)), author_dtype(module)
+    lent = rule.attributes(module, policy) if rule is not None and own is None else {}
+    policy = policy if own is None else DTypePolicy(own)
+    cls = module_class(
+        base,
+        policy,
+        _hashable(lent, base),
+        keeps=frozenset() if rule is None else rule.keeps(lent),
+        casts=root is not None or rule is not None or _is_leaf_layer(module),
+        output_dtype=output_dtype,
+        root=root,
     )
-    if rule is None and author_dtype(module) is None:
-        cast_on_read(module, nnx.Param, policy.compute_dtype)
-    if isinstance(module, nnx.MultiHeadAttention):
-        cast_on_read(module, nnx.Cache, policy.compute_dtype)
+    set_class(module, cls)
+    for container in own_containers(module):
+        if any(isinstance(x, nnx.Param) for x in own_variables(container)):
+            set_class(container, container_class(base_class(container), policy))
+
+
+def _hashable(lent: dict[str, Any], base: type) -> tuple[tuple[str, Any], ...]:
+    for name, value in lent.items():
+        if not isinstance(value, Hashable):
+            raise TypeError(
+                f"the rule of {base.__name__} lends `{name}` = {value!r}, which is not hashable: "
+                "it becomes part of jit's cache key; lend a tuple or a frozen dataclass"
+            )
+    return tuple(lent.items())
+
+
+def _is_leaf_layer(module: nnx.Module) -> bool:
+    """Whether the module owns parameters and holds no other module.
+
+    One that holds others passes on what it receives, as in Linen: a residual stream that enters a
+    scanned block in float32 leaves it in float32.
+    """
+    return bool(_parameters(module)) and len(_modules(module)) == 1
 
 
 def _parameters(module: nnx.Module) -> list[nnx.Variable]:
