@@ -98,7 +98,7 @@ def _wrapped_class(base: type[nn.Module], policy: Any, strict: bool) -> type[nn.
         BASE: base,
         POLICY: policy,
         STRICT: strict,
-        "__reduce__": lambda self: (wrap_again, (unwrap(self), policy, strict)),
+        "__reduce__": nn.nowrap(lambda self: (wrap_again, (unwrap(self), policy, strict))),
         "apply": _entering_apply(base.apply),
         "init_with_output": _entering_init(base.init_with_output),
     }
