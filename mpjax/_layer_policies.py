@@ -1,4 +1,4 @@
-"""`layer_policies`: which policy each layer of a wrapped model really got."""
+"""`layer_policies`: which policy each layer of a wrapped model got."""
 
 from typing import Any
 
@@ -12,7 +12,9 @@ def layer_policies(
     """Lists every layer of a wrapped model with its policy, in the model's own order.
 
     A layer is a module that owns parameters. One that keeps its own dtype against the model's
-    policy, because its author set `dtype=` or wrapped it by itself, is listed with that policy.
+    policy, because its author set `dtype=` or wrapped it by itself, is listed with that policy. One
+    that a quantized policy cannot quantize (an embedding, a norm, a convolution) is listed with
+    the policy all the same, and computes in its source precision.
 
     Args:
       model: a wrapped Linen or NNX module.

@@ -192,3 +192,18 @@ def test_a_submodule_of_a_wrapped_model_can_be_wrapped_anew():
     assert dot_dtypes(model, X) == [BF16, ("int8", "int8"), F32, F32]
     mp.wrap(model, "mixed_bfloat16")
     assert dot_dtypes(model, X)[0] == BF16 and model.layers[1].policy.name == "int8_from_float32"
+
+
+def test_a_list_that_a_call_appends_to_is_not_copied():
+    class Logs(Own):
+        def __init__(self):
+            super().__init__()
+            self.seen = nnx.static([])
+
+        def __call__(self, x):
+            self.seen.append(x.dtype.name)
+            return super().__call__(x)
+
+    model = mp.wrap(Logs(), "mixed_bfloat16")
+    model(X)
+    assert model.seen == ["bfloat16"]

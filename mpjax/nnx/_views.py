@@ -31,24 +31,24 @@ def reading(base: Any, dtype: str, kinds: tuple[type, ...], keeps: frozenset[str
       keeps: names of attributes that are never viewed.
     """
 
-    def is_kind(x: Any) -> bool:
-        return isinstance(x, kinds)
+    def view(x: Any) -> Any:
+        return _view(x, dtype) if isinstance(x, kinds) else x
 
     def __getattribute__(self: Any, name: str) -> Any:
         value = base.__getattribute__(self, name)
         if active.value is None or name in keeps or name.startswith("__"):
             return value
-        if is_kind(value):
-            return _view(value, dtype)
         if type(value) in (list, tuple, dict):
-            return jax.tree.map(
-                lambda x: _view(x, dtype) if is_kind(x) else x,
-                value,
-                is_leaf=lambda x: isinstance(x, nnx.Variable | nnx.Pytree),
-            )
-        return value
+            leaves = jax.tree.leaves(value, is_leaf=_is_node)
+            if any(isinstance(x, kinds) for x in leaves):
+                return jax.tree.map(view, value, is_leaf=_is_node)
+        return view(value)
 
     return __getattribute__
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, nnx.Variable | nnx.Pytree)
 
 
 def _view(variable: nnx.Variable, dtype: str) -> nnx.Variable:

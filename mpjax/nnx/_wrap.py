@@ -132,10 +132,9 @@ def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
     """Where a path comes in the order in which the modules were assigned; NNX sorts by name."""
     position: list[int] = []
     for part in path:
-        items = vars(node) if isinstance(node, nnx.Pytree) else node
-        names = list(items) if isinstance(items, dict) else range(len(items))
-        key = str(part) if isinstance(node, nnx.Pytree) else part
-        position.append(list(names).index(key))
+        items: Any = vars(node) if hasattr(node, "__dict__") else node
+        key = str(part) if hasattr(node, "__dict__") else part
+        position.append(list(items).index(key) if isinstance(items, dict) else key)
         node = items[key]
     return tuple(position)
 
