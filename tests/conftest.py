@@ -9,6 +9,8 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+import mpjax as mp  # noqa: E402
+
 
 @pytest.fixture
 def strict_promotion():
@@ -21,3 +23,11 @@ def strict_promotion():
 def key():
     """A PRNG key, the same in every run."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def restore_the_global_policy():
+    """The process-wide policy is the same after a test as before it."""
+    before = mp.dtype_policy()
+    yield
+    mp.set_dtype_policy(before)

@@ -1,6 +1,7 @@
 """What several test modules share."""
 
-from collections.abc import Iterator
+import concurrent.futures
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,3 +41,9 @@ def dot_dtypes(function: Any, *args: Any) -> list[tuple[str, str]]:
         for eqn in equations(jaxpr)
         if eqn.primitive.name == "dot_general"
     ]
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    """What `function()` returns in a new thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(function).result(timeout=60)

@@ -8,18 +8,7 @@ import pytest
 
 import mpjax as mp
 from mpjax._policy_map import freeze
-
-
-@pytest.fixture(autouse=True)
-def restore_the_global_policy():
-    before = mp.dtype_policy()
-    yield
-    mp.set_dtype_policy(before)
-
-
-def in_a_thread(function):
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        return executor.submit(function).result()
+from tests.helpers import in_a_thread
 
 
 def test_it_is_float32_at_first():

@@ -24,25 +24,13 @@ from flax import nnx
 
 import mpjax as mp
 import mpjax_kernels as mk
-from tests.helpers import assert_trees_equal, dot_dtypes
+from tests.helpers import assert_trees_equal, dot_dtypes, in_a_thread
 
 X = jnp.linspace(-1, 1, 6).reshape(2, 3)
 TOKENS = jnp.arange(10).reshape(2, 5)
 KEY = jax.random.key(0)
 
 each_api = pytest.mark.parametrize("api", ["linen", "nnx"])
-
-
-@pytest.fixture(autouse=True)
-def restore_the_global_policy():
-    before = mp.dtype_policy()
-    yield
-    mp.set_dtype_policy(before)
-
-
-def in_a_thread(function):
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        return executor.submit(function).result(timeout=60)
 
 
 def filled(shapes: Any) -> Any:

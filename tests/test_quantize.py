@@ -16,6 +16,18 @@ INT8 = "int8_from_mixed_bfloat16"
 X = jax.random.normal(jax.random.key(7), (2, 5, 8))
 
 
+# Shapes of the scales of the layers that Linen and NNX give the same name.
+SCALES = {
+    "general/kernel": (1, 2, 4),
+    "merge/kernel": (1, 1, 8),
+    "einsum/kernel": (1, 2, 4),
+    "attention/query/kernel": (1, 2, 4),
+    "attention/key/kernel": (1, 2, 4),
+    "attention/value/kernel": (1, 2, 4),
+    "attention/out/kernel": (1, 1, 8),
+}
+
+
 class Zoo(nn.Module):
     """One of each layer that int8 reaches, and some that it does not."""
 
@@ -51,13 +63,7 @@ def test_kernels_get_a_scale_per_output_channel_and_the_rest_is_untouched(zoo):
     kinds = {k: v for k, v in leaf_kinds(quantized["params"]).items() if v is not None}
     assert kinds == {
         "dense/kernel": (1, 8),
-        "general/kernel": (1, 2, 4),
-        "merge/kernel": (1, 1, 8),
-        "einsum/kernel": (1, 2, 4),
-        "attention/query/kernel": (1, 2, 4),
-        "attention/key/kernel": (1, 2, 4),
-        "attention/value/kernel": (1, 2, 4),
-        "attention/out/kernel": (1, 1, 8),
+        **SCALES,
     }
     for name in ["norm", "conv", "embed"]:
         assert_trees_equal(quantized["params"][name], variables["params"][name])
@@ -234,13 +240,7 @@ def test_nnx_kernels_are_replaced_in_place():
     }
     assert kernels == {
         "linear/kernel": (1, 8),
-        "general/kernel": (1, 2, 4),
-        "merge/kernel": (1, 1, 8),
-        "einsum/kernel": (1, 2, 4),
-        "attention/query/kernel": (1, 2, 4),
-        "attention/key/kernel": (1, 2, 4),
-        "attention/value/kernel": (1, 2, 4),
-        "attention/out/kernel": (1, 1, 8),
+        **SCALES,
     }
     np.testing.assert_array_equal(np.asarray(model(X)), np.asarray(before))
     for copy in [nnx.clone(model), nnx.merge(*nnx.split(model))]:

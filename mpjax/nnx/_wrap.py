@@ -130,7 +130,7 @@ def _check_quantized(module: nnx.Module, policy: DTypePolicy, path: str) -> None
 
 def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
     """Where a path comes in the order in which the modules were assigned; NNX sorts by name."""
-    position: list[int] = []
+    position: list[Any] = []
     for part in path:
         items: Any = vars(node) if hasattr(node, "__dict__") else node
         key = str(part) if hasattr(node, "__dict__") else part
