@@ -38,6 +38,8 @@ bench: .venv/dev.stamp
 
 # `touch` comes last, so an installation that was interrupted is done again.
 .venv/%.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mpjax needs Python 3.11 \
+	or newer, but $(PYTHON) is %d.%d: choose another with PYTHON=" % sys.version_info[:2])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,7 +123,11 @@ def parse_options() -> tuple[argparse.Namespace, Settings]:
     if options.seed is not None and options.seed < 0:
         parser.error(f"--seed is {options.seed}: at least 0")
     if not options.out.is_dir():
-        parser.error(f"--out is `{options.out}`, which is not a folder")
+        parser.error(f"--out is `{options.out}`, which is not a folder; make it first")
+    try:
+        tempfile.TemporaryFile(dir=options.out).close()  # now, and not after the training
+    except OSError as error:
+        parser.error(f"--out is `{options.out}`, where no file can be written: {error.strerror}")
     given = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}
     return options, dataclasses.replace(QUICK if options.quick else Settings(), **given)
 

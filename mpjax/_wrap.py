@@ -70,7 +70,8 @@ def unwrap(module: M) -> M:
         inside that were wrapped by themselves stay wrapped.
 
     Returns:
-      Linen: a module of the original class. NNX: the same object, exactly as it was.
+      Linen: a module of the original class. NNX: the same object, its classes as they were. Weights
+      that `quantize` replaced stay quantized: take `nnx.clone(model)` before it to keep the floats.
 
     Raises:
       TypeError: `module` is neither a Linen nor an NNX module.

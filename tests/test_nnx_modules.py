@@ -207,3 +207,19 @@ def test_a_list_that_a_call_appends_to_is_not_copied():
     model = mp.wrap(Logs(), "mixed_bfloat16")
     model(X)
     assert model.seen == ["bfloat16"]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_complex_inputs_pass_through_a_linear(policy):
+    linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    z = X.astype(jnp.complex64) * 1j
+    expected = linear(z)
+    y = mp.wrap(linear, policy)(z)
+    assert y.dtype == jnp.complex64
+    np.testing.assert_allclose(y, expected, atol=3 * 2**-9)  # three products, the kernel rounded
+
+
+def test_complex_inputs_of_an_int8_layer_are_refused():
+    linear = mp.wrap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "int8_from_float32")
+    with pytest.raises(TypeError, match=r"got complex64 inputs of shape \(2, 3\).*float policy"):
+        linear(X.astype(jnp.complex64))

@@ -79,12 +79,19 @@ def computes_in(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
     return {"dtype": jnp.dtype(policy.compute_dtype)}
 
 
-register(nnx.Conv, nnx.ConvTranspose, nnx.Embed)(computes_in)
+register(nnx.Embed)(computes_in)
+
+
+@register(nnx.Conv, nnx.ConvTranspose)
+def follows(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
+    """The rule of layers that compute in the dtype of their operands: nothing need be lent."""
+    del layer, policy
+    return {}
 
 
 @register(nnx.Linear, nnx.LinearGeneral)
 def _dot(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
-    lent = computes_in(layer, policy)
+    lent = follows(layer, policy)
     author = layer.dot_general not in (None, lax.dot_general) or (
         getattr(layer, "dot_general_cls", None) is not None
     )
@@ -96,7 +103,7 @@ def _dot(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
 
 @register(nnx.Einsum)
 def _einsum(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
-    lent = computes_in(layer, policy)
+    lent = follows(layer, policy)
     if policy.quantization_mode is not None and layer.einsum_op is jnp.einsum:
         lent["promote_dtype"] = PromoteAroundKernel(policy.compute_dtype, variadic=False)
         lent["einsum_op"] = Int8Einsum(policy.compute_dtype)
