@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 import mpjax_kernels as mk
 from mpjax_kernels._formats import FORMATS
+from mpjax_kernels._rounding import round_to
 from tests.kernels_helpers import U, normal, quantize
 
 pytestmark = [
@@ -112,6 +113,14 @@ def test_nothing_overflows(name, stochastic, key):
     largest = np.abs(q.values.astype(jnp.float32))
     assert np.isfinite(largest).all() and largest.max() == mk.get_format(name).max
     assert np.isfinite(dequantize(q)).all()
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_rounding_saturates(name, stochastic, key):
+    format = mk.get_format(name)
+    x = format.max * jnp.float32([1.001, 1.1, 3, 1e30])
+    values = round_to(jnp.concatenate([x, -x]), format, key if stochastic else None)
+    np.testing.assert_array_equal(values.astype(jnp.float32), [format.max] * 4 + [-format.max] * 4)
 
 
 def test_zeros_subnormals_and_non_finite_rows(name):
