@@ -22,6 +22,7 @@ def quantize_both(x, w, x_axis=None, w_axis=None) -> tuple[mk.QTensor, mk.QTenso
 
 
 # One compiled program instead of one per operation: eager dispatch is slow on a cold cache.
+quantize = jax.jit(mk.quantize, static_argnames=("format", "axis", "group_size"))
 matmul = jax.jit(mk.matmul, static_argnames=("implementation", "preferred_element_type"))
 
 

@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import mpjax_kernels as mk
+from mpjax_kernels._formats import FORMATS
+from tests.kernels_helpers import normal
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 FLOAT32 = np.dtype("float32")
@@ -121,8 +123,50 @@ def test_indexing_refusals(q):
         q[0, 0, 0, 0]
     grouped = mk.QTensor(q.values, jnp.ones((2, 1, 1), jnp.float32), FLOAT32)
     assert grouped[:, 1].scale.shape == (2, 1)
-    with pytest.raises(NotImplementedError, match="2 scales, one per group of 3: it cannot be cut"):
-        grouped[1:]
+    for cut in (slice(1, None), slice(4), slice(None, None, 3), slice(None, None, -1)):
+        message = "2 scales, one per group of 3: a slice of it has step 1 and .* multiples of 3"
+        with pytest.raises(NotImplementedError, match=message):
+            grouped[cut]
+
+
+@pytest.mark.parametrize(
+    ("format", "group_size"),
+    [*((name, (3, 2)) for name in FORMATS), ("int4", (6, 1)), ("float8_e4m3fn", (1, 4))],
+)
+def test_every_format_and_granularity_is_cut_along_its_groups(format, group_size):
+    q = mk.quantize(normal(6, 4, 3), format, axis=(0, 1), group_size=group_size)
+    x = mk.dequantize(q)
+    assert q.format is mk.get_format(format)
+    assert q.scale.shape == (6 // group_size[0], 4 // group_size[1], 3)
+    assert repr(q).startswith(f"QTensor({format}[6,4,3], scale float32[")
+    rows, columns = group_size
+    for index in [
+        slice(rows),
+        slice(6 - rows, None),
+        slice(0, 0),
+        (4, slice(4 - columns, 4)),
+        (-1, -4),
+        (slice(None), -2),
+        (None, 0, None, slice(columns), slice(None, None, -1)),
+    ]:
+        part = q[index]
+        mk.validate(part)
+        np.testing.assert_array_equal(mk.dequantize(part), x[index])
+    np.testing.assert_array_equal(mk.dequantize(q.T), x.T)
+    np.testing.assert_array_equal(jax.jit(lambda q, i: mk.dequantize(q[i]))(q, -2), x[-2])
+    stacked = q.transpose(2, 0, 1)
+    assert_same(jax.lax.scan(lambda carry, row: (carry, row), None, stacked)[1], stacked)
+
+
+def test_two_int4_values_take_a_byte():
+    q = mk.quantize(normal(256, 64), "int4", axis=0, group_size=128)
+    assert q.values.dtype == jnp.int4
+    assert q.nbytes == 256 * 64 // 2 + 4 * 2 * 64
+    assert mk.quantize(normal(3, 1), "int4").nbytes == 2 + 4  # three halves are two bytes
+    program = jax.jit(lambda values: values.T).lower(q.values).compile()
+    memory = program.memory_analysis()  # XLA's own count
+    assert memory is not None
+    assert memory.argument_size_in_bytes == memory.output_size_in_bytes == 256 * 64 // 2
 
 
 USES = {

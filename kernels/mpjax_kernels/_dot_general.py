@@ -20,8 +20,9 @@ IMPLEMENTATIONS = {"xla": xla_dot_general, "reference": reference_dot_general}
 
 _NO_DERIVATIVE = (
     "the product of two QTensors has no derivative: their values come from rounding, which is "
-    "flat. Training through int8 products is not built yet; differentiate the model before it "
-    "is quantized, or keep one operand an array (the product is differentiable in that one)"
+    "flat. Training through int8 products is not built yet, nor through those of other formats; "
+    "differentiate the model before it is quantized, or keep one operand an array (the product is "
+    "differentiable in that one)"
 )
 
 
@@ -38,8 +39,9 @@ def dot_general(
 
     Implementations, in the order they are tried:
 
-    - `"xla"`: two int8 QTensors whose scales are constant along the contracting axes.
-      int8 x int8 accumulates exactly in int32; the scales are applied in float32 afterwards.
+    - `"xla"`: one or two QTensors whose scales are constant along the contracting axes, applied
+      in float32 after the dot. Two of integers accumulate exactly in int32, two of float8 in
+      float32. An array keeps its dtype, the values of a QTensor beside it are converted to that.
     - `"reference"`: anything. Dequantizes to float32 and multiplies in full float32. It is
       the definition of the result; the others differ from it only by float32 rounding.
 
@@ -49,7 +51,9 @@ def dot_general(
         lhs: An array or a QTensor.
         rhs: An array or a QTensor.
         dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
-        precision: Passed on for two plain arrays; a product with a QTensor has no use for it.
+        precision: As in `jax.lax.dot_general`, for what `"xla"` multiplies in floating point. Two
+            float8 operands take `HIGHEST` if None: some GPUs accumulate in fewer bits otherwise.
+            Integer products and `"reference"` are exact to the highest precision whatever it says.
         preferred_element_type: The dtype of the result. If None, `jnp.result_type` of the
             two dtypes (for a QTensor its logical dtype), the same on every platform.
         implementation: None tries them in order; a name allows that one only; a sequence of
@@ -60,7 +64,8 @@ def dot_general(
 
     Raises:
         ValueError: If an implementation is unknown or the shapes do not go together.
-        TypeError: If `preferred_element_type` is not floating and an operand is a QTensor.
+        TypeError: If `preferred_element_type` is not floating, and an operand is a QTensor or one
+            array is floating and the other not.
         NotImplementedError: If no implementation allowed takes these operands, with every
             reason; or if a product of two QTensors is differentiated. A product of an array
             and a QTensor is differentiable in the array.
@@ -69,6 +74,7 @@ def dot_general(
     left, right = _operand(lhs), _operand(rhs)
     axes = contraction(left.shape, right.shape, dimension_numbers)
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
+        _refuse_integer_result(left, right, preferred_element_type)
         return jax.lax.dot_general(
             left, right, axes.dimension_numbers, precision, preferred_element_type
         )
@@ -76,6 +82,7 @@ def dot_general(
         _first_that_can,
         names=names,
         axes=axes,
+        precision=precision,
         dtype=_result_dtype(left, right, preferred_element_type),
     )
     if isinstance(left, QTensor) and isinstance(right, QTensor):
@@ -88,12 +95,13 @@ def _first_that_can(
     rhs: Array | QTensor,
     names: tuple[str, ...],
     axes: Contraction,
+    precision: jax.lax.PrecisionLike,
     dtype: np.dtype,
 ) -> Array:
     reasons = []
     for name in names:
         try:
-            return IMPLEMENTATIONS[name](lhs, rhs, axes, dtype)
+            return IMPLEMENTATIONS[name](lhs, rhs, axes, precision, dtype)
         except NotImplementedError as error:
             reasons.append(f"{name!r}: {error}")
     raise NotImplementedError(
@@ -128,3 +136,13 @@ def _result_dtype(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")
     return dtype
+
+
+def _refuse_integer_result(lhs: Array, rhs: Array, preferred: DTypeLike | None) -> None:
+    # Such a product aborts the TPU compiler, and with it the process.
+    floating = [jnp.issubdtype(dtype, jnp.floating) for dtype in (lhs.dtype, rhs.dtype)]
+    if preferred is not None and any(floating) and jnp.issubdtype(preferred, jnp.integer):
+        raise TypeError(
+            f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: "
+            f"their product has a floating dtype, not {jnp.dtype(preferred)}"
+        )

@@ -16,7 +16,7 @@ def scale_index(index: tuple, shape: tuple[int, ...], scale_shape: tuple[int, ..
         scale_shape: The shape of the scale, of the same rank.
 
     Raises:
-        NotImplementedError: If an axis with one scale per group is cut.
+        NotImplementedError: If an axis with one scale per group is cut inside a group.
     """
     result, axis = [], 0
     for item in index:
@@ -28,13 +28,24 @@ def scale_index(index: tuple, shape: tuple[int, ...], scale_shape: tuple[int, ..
             result.append(item)
         elif scales == 1:  # one scale for the whole axis serves any part of it
             result.append(slice(None) if isinstance(item, slice) else 0)
+        elif isinstance(item, slice):
+            result.append(_slice_of_groups(item, axis, size, scales))
         else:
-            raise NotImplementedError(
-                f"axis {axis} of size {size} has {scales} scales, one per group of "
-                f"{size // scales}: it cannot be cut; take all of it with `:`"
-            )
+            result.append(item // (size // scales))  # right for negative ones too
         axis += 1
     return tuple(result)
+
+
+def _slice_of_groups(item: slice, axis: int, size: int, scales: int) -> slice:
+    group = size // scales
+    start, stop, step = item.indices(size)
+    stop = max(start, stop)
+    if step != 1 or start % group or stop % group:
+        raise NotImplementedError(
+            f"axis {axis} of size {size} has {scales} scales, one per group of {group}: "
+            f"a slice of it has step 1 and starts and stops at multiples of {group}, got {item}"
+        )
+    return slice(start // group, stop // group)
 
 
 def full_index(index: Any, shape: tuple[int, ...]) -> tuple:

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from ._derivative import without_derivative
 from ._formats import Format, get_format
 from ._indexing import full_index, scale_index
 
@@ -16,6 +19,12 @@ _REMEDY = (
     "use mpjax_kernels.dot_general / matmul / einsum, "
     "or dequantize it with mpjax_kernels.dequantize. "
     "(A weight that mpjax.quantize made is applied by the model as mpjax.wrap returned it.)"
+)
+
+_NO_DERIVATIVE = (
+    "the values of a QTensor have no derivative: they come from rounding, which is flat, and their "
+    "dtype has no room for one. Differentiate the model before it is quantized, or with respect to "
+    "other arguments"
 )
 
 
@@ -28,7 +37,7 @@ class QTensor:
     around tracers, `ShapeDtypeStruct`s, shardings and None:
 
     - `values` has the storage dtype of a known format and the shape of the tensor;
-    - `|values| <= format.max`: int8 never holds -128;
+    - `values` are finite and `|values| <= format.max`: int8 never holds -128, int4 never -8;
     - `scale` is float32 and has the rank of `values`;
     - along each axis, `scale` has size 1 (the axis shares a scale), the size of `values` (a
       scale per entry) or a divisor of it (a scale per group of neighbours);
@@ -69,9 +78,11 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of `values` and `scale` together."""
-        leaves = (self.values, self.scale)
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        """The bytes of `values` and `scale` together, two int4 values to a byte.
+
+        What the format needs, not what a backend allocates: it may unpack int4 in memory.
+        """
+        return -(-self.size * self.format.bits // 8) + 4 * math.prod(self.scale.shape)
 
     @property
     def T(self) -> "QTensor":
@@ -92,7 +103,7 @@ class QTensor:
 
         Raises:
             TypeError: If `index` is an array of indices or a mask.
-            NotImplementedError: If an axis with one scale per group is cut.
+            NotImplementedError: If an axis with one scale per group is cut inside a group.
         """
         if index is Ellipsis:
             return self
@@ -135,6 +146,14 @@ def validate(q: QTensor) -> None:
             f"`scale` of {q!r} must have the rank of `values`, "
             "and along each axis size 1, the size of `values` or a divisor of it"
         )
+
+
+def decode(q: QTensor, dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """The values, without the scale, in a wider floating dtype; a derivative is refused."""
+    convert = partial(jnp.asarray, dtype=dtype)
+    if not q.format.is_integer:  # integers cannot carry a derivative
+        convert = without_derivative(convert, _NO_DERIVATIVE)
+    return convert(q.values)
 
 
 def expand_scale(q: QTensor) -> Float[Array, "*scales"]:

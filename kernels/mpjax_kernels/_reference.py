@@ -11,9 +11,14 @@ from ._quantize import dequantize
 
 
 def reference_dot_general(
-    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, dtype: np.dtype
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+    dtype: np.dtype,
 ) -> Array:
     """Dequantizes to float32, multiplies in full float32, casts to `dtype`. Takes everything."""
+    del precision  # this is the highest there is
     result = jax.lax.dot_general(
         _float32(lhs),
         _float32(rhs),

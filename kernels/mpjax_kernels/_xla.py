@@ -1,4 +1,4 @@
-"""int8 products by XLA's own integer dot: int32 accumulation, scales afterwards."""
+"""Products by XLA's own dot of the stored values, with the scales applied afterwards."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,64 +9,117 @@ import numpy as np
 from jaxtyping import Array, Float, Int8, Int32
 
 from ._contraction import Contraction
-from ._formats import int8
-from ._qtensor import QTensor, expand_scale
+from ._qtensor import QTensor, decode, describe, expand_scale
 
-# The most products of two int8 values whose sum is sure to fit in an int32: 133144.
-MAX_TERMS = int((2**31 - 1) // int8.max**2)
+# The dtypes of an array that can be multiplied by the values of a QTensor: each holds all of them.
+_ARRAY_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def xla_dot_general(
-    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, dtype: np.dtype
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+    dtype: np.dtype,
 ) -> Array:
-    """Multiplies two int8 QTensors: `(lhs.values @ rhs.values) * lhs.scale * rhs.scale`.
+    """Multiplies the values, then the result by the scales: `(lhs @ rhs) * lhs.scale * rhs.scale`.
 
-    The integer sum is exact. It is converted to float32 and scaled there, then cast to
-    `dtype`. One scale is applied after the other, because the product of two small scales
-    can underflow where the result does not.
+    Two integer QTensors are summed exactly in int32, two float8 ones in float32, and an array by
+    a QTensor in float32 from the array's dtype. The scales are applied in float32, one after the
+    other, because the product of two small scales can underflow where the result does not.
 
     Raises:
-        NotImplementedError: If an operand is not an int8 QTensor, a scale varies along a
-            contracting axis, or the sum could overflow.
+        NotImplementedError: If a scale varies along a contracting axis, an integer sum could
+            overflow, or XLA has no product of the two dtypes.
     """
-    left = _require_int8("lhs", lhs, contraction.lhs_contract)
-    right = _require_int8("rhs", rhs, contraction.rhs_contract)
-    if contraction.terms > MAX_TERMS:
-        raise NotImplementedError(
-            f"contracts {contraction.terms} terms: more than {MAX_TERMS} can overflow int32"
-        )
-    sums = _int8_dot(left.values, right.values, contraction).astype(jnp.float32)
-    lhs_scale, rhs_scale = _output_scales(left, right, contraction)
-    return (sums * lhs_scale * rhs_scale).astype(dtype)
+    _require_constant_scale("lhs", lhs, contraction.lhs_contract)
+    _require_constant_scale("rhs", rhs, contraction.rhs_contract)
+    if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
+        result = _array_dot(lhs, rhs, contraction, precision)
+    elif lhs.format.is_integer and rhs.format.is_integer:
+        result = _integer_dot(lhs, rhs, contraction).astype(jnp.float32)
+    else:
+        result = _float8_dot(lhs, rhs, contraction, precision)
+    for scale in _output_scales(lhs, rhs, contraction):
+        result = result * scale
+    return result.astype(dtype)
 
 
-def _require_int8(name: str, operand: Array | QTensor, contract: tuple[int, ...]) -> QTensor:
-    if not isinstance(operand, QTensor) or operand.format != int8:
-        raise NotImplementedError(f"`{name}` is not an int8 QTensor")
-    if any(operand.scale.shape[a] != 1 for a in contract):
+def _require_constant_scale(name: str, operand: Array | QTensor, contract: tuple[int, ...]) -> None:
+    if isinstance(operand, QTensor) and any(operand.scale.shape[a] != 1 for a in contract):
         raise NotImplementedError(
             f"`{name}` has scale {operand.scale.shape}, which varies along contracting axes "
             f"{contract}: scales can be applied after the dot only if they are constant there"
         )
-    return operand
+
+
+def _array_dot(
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "*out"]:
+    """Weight-only: the values become the array's dtype, without their scale and so exactly."""
+    name, array = ("rhs", rhs) if isinstance(lhs, QTensor) else ("lhs", lhs)
+    if array.dtype.name not in _ARRAY_DTYPES:
+        raise NotImplementedError(
+            f"`{name}` is {describe(array)}: an array beside a QTensor must be one of "
+            f"{', '.join(_ARRAY_DTYPES)}"
+        )
+    dtype = jnp.dtype(jnp.float32) if array.dtype == jnp.float64 else array.dtype
+    left, right = (
+        decode(o, dtype) if isinstance(o, QTensor) else o.astype(dtype) for o in (lhs, rhs)
+    )
+    return jax.lax.dot_general(
+        left, right, contraction.dimension_numbers, precision, preferred_element_type=jnp.float32
+    )
+
+
+def _float8_dot(
+    lhs: QTensor, rhs: QTensor, contraction: Contraction, precision: jax.lax.PrecisionLike
+) -> Float[Array, "*out"]:
+    names = lhs.format.name, rhs.format.name
+    if lhs.format.is_integer or rhs.format.is_integer:
+        raise NotImplementedError(f"`lhs` is {names[0]} and `rhs` {names[1]}: no common product")
+    if names[0].endswith("fnuz") != names[1].endswith("fnuz"):
+        raise NotImplementedError(
+            f"`lhs` is {names[0]} and `rhs` {names[1]}: no hardware multiplies one of the fnuz "
+            "formats by another"
+        )
+    # At the default precision XLA:GPU may accumulate float8 in less than float32.
+    precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    return jax.lax.dot_general(
+        lhs.values,
+        rhs.values,
+        contraction.dimension_numbers,
+        precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _output_scales(
-    lhs: QTensor, rhs: QTensor, contraction: Contraction
-) -> tuple[Float[Array, "*out"], Float[Array, "*out"]]:
-    """Both scales laid out as the output is: batch, left free, right free axes."""
-    c = contraction
-    lhs_scale = expand_scale(lhs).transpose(c.lhs_batch + c.lhs_free + c.lhs_contract)
-    rhs_scale = expand_scale(rhs).transpose(c.rhs_batch + c.rhs_free + c.rhs_contract)
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
+) -> list[Float[Array, "*out"]]:
+    """The scales laid out as the output is: batch, left free, right free axes."""
+    c, scales = contraction, []
     batch, rows, columns = len(c.lhs_batch), len(c.lhs_free), len(c.rhs_free)
-    lhs_shape = lhs_scale.shape[: batch + rows] + (1,) * columns
-    rhs_shape = rhs_scale.shape[:batch] + (1,) * rows + rhs_scale.shape[batch : batch + columns]
-    return lhs_scale.reshape(lhs_shape), rhs_scale.reshape(rhs_shape)
+    if isinstance(lhs, QTensor):
+        scale = expand_scale(lhs).transpose(c.lhs_batch + c.lhs_free + c.lhs_contract)
+        scales.append(scale.reshape(scale.shape[: batch + rows] + (1,) * columns))
+    if isinstance(rhs, QTensor):
+        scale = expand_scale(rhs).transpose(c.rhs_batch + c.rhs_free + c.rhs_contract)
+        free = scale.shape[batch : batch + columns]
+        scales.append(scale.reshape(scale.shape[:batch] + (1,) * rows + free))
+    return scales
 
 
-def _int8_dot(
-    lhs: Int8[Array, "*lhs"], rhs: Int8[Array, "*rhs"], contraction: Contraction
-) -> Int32[Array, "*out"]:
+def _integer_dot(left: QTensor, right: QTensor, contraction: Contraction) -> Int32[Array, "*out"]:
+    limit = int((2**31 - 1) // (left.format.max * right.format.max))  # 133144 for int8 by int8
+    if contraction.terms > limit:
+        raise NotImplementedError(
+            f"contracts {contraction.terms} terms: more than {limit} can overflow int32"
+        )
+    lhs, rhs = left.values.astype(jnp.int8), right.values.astype(jnp.int8)
     dot = partial(
         jax.lax.dot_general,
         dimension_numbers=contraction.dimension_numbers,
