@@ -136,10 +136,11 @@ class PromoteAroundKernel:
         """Casts; the layer's own `dtype` argument is what this object stands in for."""
         del dtype, inexact
         inputs, kernel, bias = args if self.variadic else args[0]
-        if jnp.issubdtype(jnp.result_type(inputs), jnp.complexfloating):
+        inputs = jnp.asarray(inputs)
+        if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
             raise TypeError(
-                f"a layer with a quantized policy got {jnp.result_type(inputs)} inputs of shape "
-                f"{jnp.shape(inputs)}: an int8 product is real. Give the layer a float policy"
+                f"a layer with a quantized policy got {inputs.dtype} inputs of shape "
+                f"{inputs.shape}: an int8 product is real. Give the layer a float policy"
             )
         bias = None if bias is None else jnp.asarray(bias, self.dtype)
-        return jnp.asarray(inputs, self.dtype), kernel, bias
+        return inputs.astype(self.dtype), kernel, bias
