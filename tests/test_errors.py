@@ -777,7 +777,8 @@ def test_float_tokens_give_flaxs_own_error(api, policy):
     [
         (
             "abc",
-            "tuple index out of range|not a valid JAX array type|expected number, got str|could not convert string to flo",
+            "tuple index out of range|not a valid JAX array type|expected number, got str|"
+            "could not convert string to flo",
         ),
         (np.array(["a", "b", "c"]), "<U1|could not convert string to flo|Error interpreting argum"),
         (None, "tuple index out of range|[Nn]one"),
