@@ -3,7 +3,6 @@
 from ._dot_general import dot_general as dot_general
 from ._einsum import contracting_axes as contracting_axes
 from ._einsum import einsum as einsum
-from ._einsum import matmul as matmul
 from ._formats import Format as Format
 from ._formats import float8_e4m3fn as float8_e4m3fn
 from ._formats import float8_e4m3fnuz as float8_e4m3fnuz
@@ -12,6 +11,7 @@ from ._formats import float8_e5m2fnuz as float8_e5m2fnuz
 from ._formats import get_format as get_format
 from ._formats import int4 as int4
 from ._formats import int8 as int8
+from ._matmul import matmul as matmul
 from ._qtensor import QTensor as QTensor
 from ._qtensor import validate as validate
 from ._quantize import dequantize as dequantize
