@@ -78,17 +78,15 @@ EQUATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("equation", "lhs_shape", "rhs_shape"), PRODUCTS)
-def test_einsum_agrees_with_numpy(equation, lhs_shape, rhs_shape):
-    x, w = normal(*lhs_shape), normal(*rhs_shape)
-    q, r = quantize_both(x, w)
-    result = jax.jit(lambda q, r: mk.einsum(equation, q, r, implementation="xla"))(q, r)
-    expected = np.einsum(equation, exact(q), exact(r))
-    np.testing.assert_allclose(result, expected, rtol=4 * U, atol=0)
-    magnitude = np.einsum(equation, np.abs(x), np.abs(w))
-    plain = jax.jit(lambda x, w: mk.einsum(equation, x, w, precision="highest"))(x, w)
-    difference = np.abs(plain - np.einsum(equation, np.asarray(x), np.asarray(w)))
-    assert (difference <= 2 * x.size * U * magnitude).all()
+# Those that NumPy itself does not take, in its words.
+NUMPY = {"...i->i": "zi->i", "...ij,jk->ik": "zij,jk->ik", "*1,1Z": "ab,bz->az"}
+
+
+def random_qtensor(rng: np.random.Generator, shape: tuple[int, ...]) -> mk.QTensor:
+    """int8 with a scale per last axis, without compiling anything."""
+    values = rng.integers(-127, 128, shape).astype(np.int8)
+    scale = rng.uniform(0.01, 0.02, (*shape[:-1], 1)[: len(shape)]).astype(np.float32)
+    return mk.QTensor(jnp.asarray(values), jnp.asarray(scale), np.dtype("float32"))
 
 
 def bound(equation: str, arrays: list[np.ndarray]) -> np.ndarray:
@@ -98,25 +96,42 @@ def bound(equation: str, arrays: list[np.ndarray]) -> np.ndarray:
     products, and in the sums of a path, together, no more roundings than there are terms. Those
     add up to first order; twice that covers what is quadratic.
     """
-    magnitudes = [np.abs(a) for a in arrays]
-    terms = jnp.einsum(equation, *(np.ones(a.shape, np.float32) for a in arrays))
-    size = jnp.einsum(equation, *magnitudes, precision="highest")
-    return 2 * (2 * len(arrays) + np.asarray(terms)) * U * np.asarray(size)
+    terms = np.einsum(equation, *(np.ones(a.shape) for a in arrays))
+    magnitude = np.einsum(equation, *map(np.abs, arrays))
+    return 2 * (2 * len(arrays) + terms) * U * magnitude
 
 
 @pytest.mark.parametrize(("equation", "shapes"), [(e, s) for e, *s in [*PRODUCTS, *EQUATIONS]])
 def test_einsum_takes_what_jnp_einsum_takes(equation, shapes):
-    arrays = [normal(*shape) + 0.1 * i for i, shape in enumerate(shapes)]
-    quantized = [quantize(a, axis=a.ndim - 1 if a.ndim else None) for a in arrays]
-    values = [np.asarray(exact(q), np.float32) for q in quantized]
-    expected = jnp.einsum(equation, *values, precision="highest")
-    call = jax.jit(functools.partial(mk.einsum, equation))
-    # All quantized, and every second one.
-    mixed = [v if i % 2 else q for i, (q, v) in enumerate(zip(quantized, values, strict=True))]
-    for operands in (quantized, mixed):
-        result = call(*operands)
-        assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
-        assert (np.abs(result - expected) <= bound(equation, values)).all()
+    rng = np.random.default_rng(0)
+    quantized = [random_qtensor(rng, shape) for shape in shapes]
+    values = [exact(q) for q in quantized]
+    arrays = [jnp.asarray(v, jnp.float32) for v in values]
+    mixed = [a if i % 2 else q for i, (q, a) in enumerate(zip(quantized, arrays, strict=True))]
+    call = functools.partial(mk.einsum, equation, precision="highest")
+    results = jax.jit(lambda *each: [call(*operands) for operands in each])(quantized, mixed)
+    like = jax.eval_shape(functools.partial(jnp.einsum, equation), *arrays)
+    numpy_equation = NUMPY.get(equation, equation)
+    expected = np.einsum(numpy_equation, *values)
+    for result in results:
+        assert (result.shape, result.dtype) == (like.shape, like.dtype)
+        assert (np.abs(result - expected) <= bound(numpy_equation, values)).all()
+    if (equation, *shapes) in PRODUCTS:  # the sum is exact; three roundings follow it
+        result = jax.jit(functools.partial(mk.einsum, equation, implementation="xla"))(
+            *(mk.QTensor(q.values, q.scale[(slice(1),) * q.ndim], q.dtype) for q in quantized)
+        )
+        integers = np.einsum(equation, *(np.asarray(q.values, np.int64) for q in quantized))
+        scales = [q.scale.ravel()[0] for q in quantized]
+        np.testing.assert_allclose(result, integers * np.prod(np.float64(scales)), rtol=4 * U)
+
+
+def test_plain_arrays_go_to_jnp_einsum():
+    for equation, *shapes in [PRODUCTS[0], EQUATIONS[0], EQUATIONS[-1]]:
+        arrays = [normal(*shape).astype(jnp.bfloat16) for shape in shapes]
+        result = mk.einsum(equation, *arrays, preferred_element_type=jnp.float32)
+        expected = jnp.einsum(equation, *arrays, preferred_element_type=jnp.float32)
+        assert result.dtype == expected.dtype
+        np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,7 @@ def test_einsum_contracts_in_the_order_asked_for(optimize):
     q = [quantize(a, axis=0) for a in arrays]
     values = [exact(a) for a in q]
     result = mk.einsum("ij,jk,kl->il", *q, optimize=optimize)
-    limit = bound("ij,jk,kl->il", [np.float32(v) for v in values])
+    limit = bound("ij,jk,kl->il", values)
     assert (np.abs(result - np.linalg.multi_dot(values)) <= limit).all()
 
 
@@ -154,8 +169,7 @@ def test_the_path_is_followed_and_its_intermediates_have_the_dtype_of_the_result
         ),
         *(x, r, w),
     )
-    assert "(tensor<40x5xbf16>, tensor<5x2xbf16>) -> tensor<40x2xf32>" in first
-    assert second.count("xf32>") == 3 or "bf16" in second
+    assert "-> tensor<40x2xf32>" in first and "-> tensor<3x2xf32>" in second
     assert "HIGHEST" in first and "HIGHEST" in second
 
 
@@ -163,18 +177,16 @@ def test_a_diagonal_of_a_qtensor_stays_quantized_and_exact():
     x = normal(4, 4, 3)
     w = normal(3, 5)
     r = quantize(w, axis=0)
-    for axis, group in [
-        (None, None),
-        (2, None),
-        ((0, 2), None),
-        ((0, 1, 2), (2, 2, 3)),
-        ((1, 2), (2, 3)),
+    for name, axis, group in [
+        ("int8", None, None),
+        ("int4", 2, None),
+        ("int8", (0, 2), None),
+        ("int4", (0, 1, 2), (2, 2, 3)),
+        ("float8_e4m3fn", (1, 2), (2, 3)),
     ]:
-        for name in ("int8", "int4", "float8_e4m3fn"):
-            q = quantize(x, name, axis=axis, group_size=group)
-            full = np.asarray(mk.dequantize(q))
-            result = mk.einsum("iij->ij", q)
-            np.testing.assert_array_equal(result, np.einsum("iij->ij", full))
+        q = quantize(x, name, axis=axis, group_size=group)
+        result = mk.einsum("iij->ij", q)
+        np.testing.assert_array_equal(result, np.einsum("iij->ij", mk.dequantize(q)))
     q = quantize(x, axis=2)
     (line,) = dots(functools.partial(mk.einsum, "iij,jk->ik", implementation="xla"), q, r)
     assert "(tensor<4x3xi8>, tensor<3x5xi8>) -> tensor<4x5xi32>" in line
@@ -186,7 +198,8 @@ def test_lists_of_labels():
     expected = mk.einsum("ij,jk->ik", q, r)
     np.testing.assert_array_equal(mk.einsum(q, [0, 1], r, [1, 2], [0, 2]), expected)
     np.testing.assert_array_equal(mk.einsum(q, [0, 1], r, (1, 2)), expected)
-    np.testing.assert_array_equal(mk.einsum(q, ["a", "b"], r, ["b", "c"], ["c", "a"]), expected.T)
+    flipped = mk.einsum("ij,jk->ki", q, r)
+    np.testing.assert_array_equal(mk.einsum(q, "ab", r, ["b", "c"], ["c", "a"]), flipped)
     np.testing.assert_array_equal(mk.einsum(q, [..., 0], r, [0, 1], [..., 1]), expected)
     np.testing.assert_array_equal(
         mk.einsum(x, [0, 1], w, [1, 2], [2, 0]), jnp.einsum(x, [0, 1], w, [1, 2], [2, 0])
@@ -229,7 +242,7 @@ def test_the_dtype_of_the_result_is_that_of_jnp_einsum():
         with pytest.raises(TypeError, match="has a floating dtype, not int32"):
             mk.einsum(equation, *operands, preferred_element_type=jnp.int32)
     y = jnp.ones((3, 4), jnp.int8)
-    with pytest.raises(TypeError, match="`lhs` is bfloat16.3,4. and `rhs` int8.* not int32"):
+    with pytest.raises(TypeError, match="`lhs` is int8.3,4. and `rhs` bfloat16.* not int32"):
         mk.einsum("ij,ij,ij->", y, x, y, preferred_element_type=jnp.int32)
     assert mk.einsum("ij,ij,ij->", y, y, y, preferred_element_type=jnp.int32) == 12
 
@@ -245,8 +258,9 @@ def test_einsum_is_differentiable_in_its_arrays():
     expected = jax.grad(loss, argnums=(0, 1))(x, v, mk.dequantize(r))
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    with pytest.raises(NotImplementedError, match="no derivative"):
-        jax.grad(lambda s: mk.einsum("ij,jk->", quantize(x), mk.QTensor(r.values, s, r.dtype)))(
+    q = quantize(x, axis=1)
+    with pytest.raises(NotImplementedError, match="product of two QTensors has no derivative"):
+        jax.grad(lambda s: mk.einsum("ij,jk->ik", q, mk.QTensor(r.values, s, r.dtype)).sum())(
             r.scale
         )
 
@@ -271,7 +285,7 @@ def test_contracting_axes():
         ("ij,jk->ii", ValueError, "Output character 'i' appeared more than once"),
         ("ij,jk->i->k", ValueError, "can only contain one '->'"),
         ("..j,jk->k", ValueError, "Invalid Ellipses"),
-        ("ii,ik->k", ValueError, r"'ii' takes a diagonal of axes of sizes 4 and 3 of operand 0"),
+        ("ii,ik->k", ValueError, r"'ii' takes a diagonal of axes of sizes 3 and 4 of operand 0"),
         ("ij,ki->jk", ValueError, r"operand 0 has shape \(3, 4\) .* 'i' is 3 in one and 5 in the"),
     ],
 )
