@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ import opt_einsum
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._dot_general import _names, _refuse_integer_result, dot_general
+from ._dot_general import IMPLEMENTATIONS, _refuse_integer_result, dot_general
 from ._equation import Equation, interleaved, label_sizes, parse
+from ._implementation import check_names
 from ._labelled import Labelled, diagonal, drop_broadcast, sum_axes
 from ._qtensor import QTensor, validate
 from ._quantize import dequantize
@@ -59,17 +60,13 @@ def einsum(
         NotImplementedError: If `optimize` is a path that multiplies three operands at once, or
             for the reasons of `dot_general`.
     """
-    _names(implementation)
+    check_names(IMPLEMENTATIONS, implementation)
     if not isinstance(equation, str):
         operands, equation = interleaved((equation, *operands))
     arrays = [x if isinstance(x, QTensor) else jnp.asarray(x) for x in operands]
     labels = parse(equation, [x.shape for x in arrays])
     if not any(isinstance(x, QTensor) for x in arrays):
-        for lhs, rhs in itertools.combinations(arrays, 2):
-            _refuse_integer_result(lhs, rhs, preferred_element_type)
-        options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        text = ",".join(labels.inputs) + "->" + labels.output
-        return jnp.einsum(text, *arrays, optimize=optimize, **options)
+        return _plain(labels, arrays, optimize, precision, preferred_element_type)
     dtype = _result_dtype(arrays, preferred_element_type)
     multiply = partial(
         dot_general,
@@ -78,10 +75,9 @@ def einsum(
         implementation=implementation,
     )
     product = _contract(_simplify(labels, arrays, dtype), labels, optimize, multiply)
-    if isinstance(product.operand, QTensor):
-        product = Labelled(dequantize(product.operand, dtype), product.labels)
-    order = [product.labels.index(label) for label in labels.output]
-    return jnp.transpose(product.operand, order).astype(dtype)
+    operand, order = product.operand, [product.labels.index(label) for label in labels.output]
+    array = dequantize(operand, dtype) if isinstance(operand, QTensor) else operand
+    return jnp.transpose(array, order).astype(dtype)
 
 
 def contracting_axes(
@@ -103,6 +99,22 @@ def contracting_axes(
         for term in (left, right)
     )
     return lhs_axes, rhs_axes
+
+
+def _plain(
+    equation: Equation,
+    arrays: Sequence[Any],
+    optimize: bool | str | Path,
+    precision: jax.lax.PrecisionLike,
+    preferred: DTypeLike | None,
+) -> Array:
+    for lhs, rhs in itertools.combinations(arrays, 2):
+        _refuse_integer_result(lhs, rhs, preferred)
+    text = ",".join(equation.inputs) + "->" + equation.output
+    path: Any = optimize
+    return jnp.einsum(
+        text, *arrays, optimize=path, precision=precision, preferred_element_type=preferred
+    )
 
 
 def _result_dtype(operands: Sequence[Array | QTensor], preferred: DTypeLike | None) -> np.dtype:
@@ -156,9 +168,9 @@ def _path(terms: list[Labelled], equation: Equation, optimize: bool | str | Path
         return [(0, 1)] * (len(terms) - 1)
     if isinstance(optimize, bool | str):
         text = ",".join(t.labels for t in terms) + "->" + equation.output
-        how = "optimal" if optimize is True else optimize
+        how: Any = "optimal" if optimize is True else optimize
         shapes = [t.operand.shape for t in terms]
-        return opt_einsum.contract_path(text, *shapes, shapes=True, optimize=how)[0]
+        optimize = cast(Path, opt_einsum.contract_path(text, *shapes, shapes=True, optimize=how)[0])
     path = [tuple(step) for step in optimize]
     if any(len(step) > 2 for step in path):
         raise NotImplementedError(

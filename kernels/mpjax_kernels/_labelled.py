@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._qtensor import QTensor, expand_scale
+from ._qtensor import QTensor, in_order
 from ._quantize import dequantize
 
 
@@ -36,19 +36,24 @@ def diagonal(term: Labelled) -> Labelled:
 
 def _diagonal(operand: Array | QTensor, axes: tuple[int, ...]) -> Array | QTensor:
     if not isinstance(operand, QTensor):
-        return _pick(operand, axes, operand.shape[axes[0]])
-    scale, size = expand_scale(operand), operand.shape[axes[0]]
-    shape = list(scale.shape)
-    entries = max(shape[a] for a in axes)
-    for a in axes:
-        shape[a] = entries
-    scale = _pick(jnp.broadcast_to(scale, shape), axes, entries)
-    return replace(operand, values=_pick(operand.values, axes, size), scale=scale)
+        return _pick(operand, axes)
+    q = in_order(operand)
+    zero_point = None if q.zero_point is None else _pick_scales(q.zero_point, q.shape, axes)
+    scale = _pick_scales(q.scale, q.shape, axes)
+    return replace(q, values=_pick(q.values, axes), scale=scale, zero_point=zero_point)
 
 
-def _pick(array: Array, axes: tuple[int, ...], size: int) -> Array:
+def _pick_scales(scales: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """One scale for the diagonal where each axis has one, and else one for every entry."""
+    if any(scales.shape[a] != 1 for a in axes):
+        for a in axes:
+            scales = jnp.repeat(scales, shape[a] // scales.shape[a], axis=a)
+    return _pick(scales, axes)
+
+
+def _pick(array: Array, axes: tuple[int, ...]) -> Array:
     """The diagonal over axes of one size, as the first axis."""
-    index = jnp.arange(size)
+    index = jnp.arange(array.shape[axes[0]])
     front = jnp.moveaxis(array, axes, range(len(axes)))
     return front[(index,) * len(axes)]
 
