@@ -1,5 +1,6 @@
 """Quantized arrays and the products between them: arrays in, arrays out, JAX only."""
 
+from ._conv import conv_general_dilated as conv_general_dilated
 from ._dot_general import dot_general as dot_general
 from ._einsum import contracting_axes as contracting_axes
 from ._einsum import einsum as einsum
