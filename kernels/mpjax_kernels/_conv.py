@@ -11,7 +11,7 @@ from jaxtyping import Array
 from . import _conv_cpu, _conv_reference, _conv_xla
 from ._convolution import Convolution, Padding, convolution
 from ._derivative import without_derivative
-from ._dot_general import _linear, _operand, _result_dtype
+from ._dot_general import _linear, _operand, result_dtype
 from ._implementation import Implementation, Operand, check_names, choose
 from ._layout import stored_axes
 from ._qtensor import QTensor
@@ -105,7 +105,7 @@ def conv_general_dilated(
     )
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
         return window(left, right, precision, preferred_element_type)
-    dtype = _result_dtype(left, right, preferred_element_type)
+    dtype = result_dtype(left, right, preferred_element_type)
     product = partial(_convolve, window=window, precision=precision, dtype=dtype)
     if isinstance(left, QTensor) and isinstance(right, QTensor):
         product = partial(product, implementation=implementation)
