@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
@@ -102,7 +101,7 @@ def _look_up(
 ) -> Float[Array, "*batch d"]:
     axis = positions(stored_axes(table.layout, 2))[0]  # where the rows of the table are stored
     values = _take(table.values, rows, axis)
-    values = jnp.moveaxis(values, axis, -1) if axis else values
+    values = jnp.moveaxis(values, 0, -1) if axis else values
     take_scales = partial(_take_scales, rows=rows, group=table.shape[0] // table.scale.shape[0])
     zero_point = None if table.zero_point is None else take_scales(table.zero_point)
     scale = take_scales(table.scale)
