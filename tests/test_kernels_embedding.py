@@ -95,7 +95,8 @@ def test_only_the_rows_asked_for_are_dequantized():
                 assert f"{dtype}[{rows},{columns}]" not in compiled.as_text()
                 assert f"{dtype}[{columns},{rows}]" not in compiled.as_text()
             # The six rows, their scales, and the like: not a tenth of the table in bytes.
-            assert compiled.memory_analysis().temp_size_in_bytes < rows * columns // 10
+            memory = compiled.memory_analysis()
+            assert memory is not None and memory.temp_size_in_bytes < rows * columns // 10
 
 
 def test_transformations():

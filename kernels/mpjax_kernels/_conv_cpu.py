@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int8, Int32
 
-from ._conv_xla import is_integer_pair, rescale
 from ._conv_xla import refusal as xla_refusal
+from ._conv_xla import rescale
 from ._convolution import Convolution
 from ._implementation import Operand
 from ._layout import positions
+from ._multiplicands import is_integer_pair, multiplicands
 from ._qtensor import QTensor
 
 _TWO = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
@@ -52,9 +53,9 @@ def conv(
 ) -> Array:
     """Convolves the values exactly, in int32, then multiplies by the scales as `"xla"` does."""
     del precision  # integers are exact
-    axes = window.axes
-    x = lhs.values.astype(jnp.int8).transpose(_last(*axes.lhs_spec))
-    w = rhs.values.astype(jnp.int8).transpose((*axes.rhs_spec[2:], *axes.rhs_spec[1::-1]))
+    axes, both = window.axes, multiplicands(lhs, rhs, None)
+    x = both.lhs.transpose(_last(*axes.lhs_spec))
+    w = both.rhs.transpose((*axes.rhs_spec[2:], *axes.rhs_spec[1::-1]))
     if len(window.window_strides) == 1:
         x, w, plane = x[:, None], w[None], _as_plane(window)
     else:

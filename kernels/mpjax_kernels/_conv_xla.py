@@ -1,5 +1,6 @@
 """Convolutions by XLA's own, of the stored values, with the scales applied afterwards."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ from jaxtyping import Array, Float, Shaped
 
 from ._convolution import Convolution
 from ._implementation import Operand
+from ._multiplicands import is_integer_pair, multiplicands, zero_point_refusal
 from ._qtensor import QTensor, describe
-from ._storage import decode, expand_scale
+from ._storage import expand_scale
 from ._xla import _ARRAY_DTYPES
 
 
@@ -26,7 +28,8 @@ def refusal(lhs: Operand, rhs: Operand, window: Convolution, *_: Any) -> str | N
     return (
         _scale_refusal("lhs", lhs, per_image, "batch")
         or _scale_refusal("rhs", rhs, window.axes.rhs_spec[0], "output feature")
-        or _integer_refusal(lhs, rhs, window)
+        or zero_point_refusal(lhs, rhs)
+        or _overflow(lhs, rhs, window)
     )
 
 
@@ -41,7 +44,9 @@ def conv(
 
     As `dot_general`: two integer QTensors are summed exactly in int32, the rest in float32.
     """
-    return rescale(_values(lhs, rhs, window, precision), lhs, rhs, window).astype(dtype)
+    m = multiplicands(lhs, rhs, precision)
+    sums = window(m.lhs, m.rhs, m.precision, m.sum_dtype)
+    return rescale(sums, lhs, rhs, window).astype(dtype)
 
 
 def rescale(
@@ -71,39 +76,10 @@ def _scale_refusal(name: str, operand: Operand, free: int | None, what: str) -> 
     return None
 
 
-def _integer_refusal(lhs: Operand, rhs: Operand, window: Convolution) -> str | None:
+def _overflow(lhs: Operand, rhs: Operand, window: Convolution) -> str | None:
     if not is_integer_pair(lhs, rhs):
         return None
-    assert isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
-    for name, q in (("lhs", lhs), ("rhs", rhs)):
-        if q.zero_point is not None:
-            return f"`{name}` has a zero point: two integer tensors are convolved without"
-    most = int((2**31 - 1) // (lhs.format.max * rhs.format.max))
-    if window.terms > most:
-        return f"sums {window.terms} terms: more than {most} can overflow int32"
-    return None
-
-
-def is_integer_pair(lhs: Operand, rhs: Operand) -> bool:
-    """Whether both operands are QTensors of integers."""
-    return all(isinstance(o, QTensor) and o.format.is_integer for o in (lhs, rhs))
-
-
-def _values(
-    lhs: Operand, rhs: Operand, window: Convolution, precision: jax.lax.PrecisionLike
-) -> Shaped[Array, "*out"]:
-    if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
-        array = rhs.dtype if isinstance(lhs, QTensor) else lhs.dtype
-        common = jnp.dtype(jnp.float32) if array == jnp.float64 else array
-    elif is_integer_pair(lhs, rhs):
-        return window(lhs.values.astype(jnp.int8), rhs.values.astype(jnp.int8), None, jnp.int32)
-    elif lhs.format == rhs.format:
-        # At the default precision XLA:GPU may accumulate float8 in less than float32.
-        precision = jax.lax.Precision.HIGHEST if precision is None else precision
-        return window(lhs.values, rhs.values, precision, jnp.float32)
-    else:  # a convolution has operands of one dtype; this one holds the values of both
-        common = jnp.dtype(jnp.bfloat16)
-    left, right = (
-        decode(o, common) if isinstance(o, QTensor) else o.astype(common) for o in (lhs, rhs)
-    )
-    return window(left, right, precision, jnp.float32)
+    most = int((2**31 - 1) // math.prod(o.format.max for o in (lhs, rhs) if isinstance(o, QTensor)))
+    if window.terms <= most:
+        return None
+    return f"sums {window.terms} terms: more than {most} can overflow int32"

@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
 from . import _xla
 from ._contraction import Contraction
 from ._implementation import Operand
+from ._multiplicands import multiplicands, zero_point_refusal
 from ._qtensor import QTensor, in_order
-from ._storage import decode, expand_scale
+from ._storage import expand_scale
 
 
 def refusal(lhs: Operand, rhs: Operand, sizes: Array, *_: Any) -> str | None:
@@ -22,11 +23,8 @@ def refusal(lhs: Operand, rhs: Operand, sizes: Array, *_: Any) -> str | None:
                 f"`{name}` has scale {operand.scale.shape}, which varies along contracting axis "
                 f"{axis}: scales can be applied after the sum only if they are constant there"
             )
-    if _are_integers(lhs, rhs):
-        for name, q in (("lhs", lhs), ("rhs", rhs)):
-            if isinstance(q, QTensor) and q.zero_point is not None:
-                return f"`{name}` has a zero point: two integer tensors are multiplied without"
-    return _xla.refusal(lhs, rhs, Contraction(lhs.shape, rhs.shape[1:], (1,), (0,), (), ()))
+    whole = Contraction(lhs.shape, rhs.shape[1:], (1,), (0,), (), ())
+    return zero_point_refusal(lhs, rhs) or _xla.refusal(lhs, rhs, whole)
 
 
 def ragged_dot(
@@ -38,7 +36,8 @@ def ragged_dot(
 ) -> Float[Array, "m n"]:
     """Multiplies the values, then each row by its own scale and those of its expert."""
     lhs, rhs = (in_order(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
-    result = _values(lhs, rhs, sizes, precision).astype(jnp.float32)
+    m = multiplicands(lhs, rhs, precision)
+    result = jax.lax.ragged_dot(m.lhs, m.rhs, sizes, m.precision, m.sum_dtype).astype(jnp.float32)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(lhs.shape[0], dtype=ends.dtype)
     if isinstance(lhs, QTensor):
@@ -51,28 +50,3 @@ def ragged_dot(
         result = result * scale
     # The rows that are left over are zero whatever the scales are.
     return jnp.where(row[:, None] < ends[-1], result, 0.0).astype(dtype)
-
-
-def _are_integers(lhs: Operand, rhs: Operand) -> bool:
-    return all(isinstance(o, QTensor) and o.format.is_integer for o in (lhs, rhs))
-
-
-def _values(
-    lhs: Operand, rhs: Operand, sizes: Integer[Array, " g"], precision: jax.lax.PrecisionLike
-) -> Shaped[Array, "m n"]:
-    if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
-        array = rhs.dtype if isinstance(lhs, QTensor) else lhs.dtype
-        common = jnp.dtype(jnp.float32) if array == jnp.float64 else array
-    elif _are_integers(lhs, rhs):
-        left, right = lhs.values.astype(jnp.int8), rhs.values.astype(jnp.int8)
-        return jax.lax.ragged_dot(left, right, sizes, preferred_element_type=jnp.int32)
-    elif lhs.format == rhs.format:
-        # At the default precision XLA:GPU may accumulate float8 in less than float32.
-        precision = jax.lax.Precision.HIGHEST if precision is None else precision
-        return jax.lax.ragged_dot(lhs.values, rhs.values, sizes, precision, jnp.float32)
-    else:  # this one holds the values of both
-        common = jnp.dtype(jnp.bfloat16)
-    left, right = (
-        decode(o, common) if isinstance(o, QTensor) else o.astype(common) for o in (lhs, rhs)
-    )
-    return jax.lax.ragged_dot(left, right, sizes, precision, jnp.float32)
