@@ -167,7 +167,7 @@ def lowered(call, *operands) -> str:
     return line
 
 
-@pytest.mark.parametrize("left", ["int8", "int4", "float8_e4m3fn", "float8_e5m2", None])
+@pytest.mark.parametrize("left", ["int8", "float8_e4m3fn", None])
 @pytest.mark.parametrize("right", ["int8", "int4", "float8_e4m3fn", "float8_e5m2"])
 def test_every_pair_of_formats(left, right):
     x, w = normal(*PLAIN[0]), normal(*PLAIN[1])
@@ -178,7 +178,7 @@ def test_every_pair_of_formats(left, right):
     magnitude = window_sums(np.abs(xs), np.abs(exact(r)), PLAIN)
     # 36 products, 35 sums and two scales, or two dequantized factors; one more for the rest.
     bound = 75 * U * magnitude
-    calls = [convolve(PLAIN, implementation=i) for i in (None, "xla", "reference")]
+    calls = [convolve(PLAIN, implementation=i) for i in ("xla", "reference")]
     for result in jax.jit(lambda q, r: [call(q, r) for call in calls])(q, r):
         assert (np.abs(np.asarray(result, np.float64) - expected) <= bound).all()
     kind = {"int8": "i8", "int4": "i8", "float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2"}

@@ -49,7 +49,7 @@ def test_int8_sums_are_exact(implementation):
         np.testing.assert_array_equal(result, expected)
 
 
-@pytest.mark.parametrize("right", ["int8", "int4", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("right", ["int8", "int4", "float8_e4m3fn"])
 @pytest.mark.parametrize("left", [None, "int8", "float8_e4m3fn", "float8_e4m3fnuz"])
 def test_every_implementation_conforms(left, right):
     x, w = normal(7, 37), normal(3, 37, 5)
@@ -59,8 +59,8 @@ def test_every_implementation_conforms(left, right):
     xs = np.asarray(x, np.float64) if left is None else exact(q)
     expected = by_expert(xs, exact(r), sizes)
     magnitude = by_expert(np.abs(xs), np.abs(exact(r)), sizes)
-    for implementation in IMPLEMENTATIONS:
-        result = ragged_dot(q, r, jnp.asarray(sizes), implementation=implementation)
+    calls = [functools.partial(mk.ragged_dot, implementation=name) for name in IMPLEMENTATIONS]
+    for result in jax.jit(lambda *each: [call(*each) for call in calls])(q, r, np.asarray(sizes)):
         assert result.shape == (7, 5) and result.dtype == jnp.float32
         # 37 products, 36 sums, two scales, or two dequantized factors; one more for the rest.
         difference = np.abs(np.asarray(result, np.float64) - expected)
@@ -143,11 +143,16 @@ def test_dtypes_and_precision():
     sizes = jnp.asarray(SIZES[0])
     for implementation in IMPLEMENTATIONS:
         for lhs in (q, x):
-            call = functools.partial(ragged_dot, lhs, r, sizes, implementation=implementation)
-            assert call().dtype == jnp.bfloat16
-            assert call(preferred_element_type=jnp.float32).dtype == jnp.float32
+
+            def dtype(lhs=lhs, implementation=implementation, **options):
+                options["implementation"] = implementation
+                call = functools.partial(mk.ragged_dot, **options)
+                return jax.eval_shape(call, lhs, r, sizes).dtype
+
+            assert dtype() == jnp.bfloat16
+            assert dtype(preferred_element_type=jnp.float32) == jnp.float32
             with pytest.raises(TypeError, match="has a floating dtype, not int32"):
-                call(preferred_element_type=jnp.int32)
+                dtype(preferred_element_type=jnp.int32)
     for implementation in ("cpu", "xla"):
         call = jax.jit(
             functools.partial(mk.ragged_dot, precision="highest", implementation=implementation)
@@ -164,7 +169,7 @@ def test_derivatives():
     def plain(x, w):
         return jax.lax.ragged_dot(x, w, sizes, precision="highest").sum()
 
-    for implementation in (None, "xla", "reference"):
+    for implementation in (None, "reference"):
         call = functools.partial(ragged_dot, implementation=implementation)
         got = jax.grad(lambda x, call=call: call(x, r, sizes).sum())(x)
         expected = jax.grad(plain)(x, full[1])
