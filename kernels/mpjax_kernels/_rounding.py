@@ -33,6 +33,12 @@ def round_to(
     return x.astype(format.dtype)  # this cast rounds to nearest even in a floating format
 
 
+def round_to_grid(x: Float[Array, "*shape"], format: Format) -> Float[Array, "*shape"]:
+    """Rounds finite float32 numbers to nearest even, as if the format had no largest value."""
+    step = _step(x, format)
+    return jnp.round(x / step) * step
+
+
 def _round_stochastically(
     x: Float[Array, "*shape"], format: Format, key: Array
 ) -> Float[Array, "*shape"]:
