@@ -16,3 +16,5 @@ from ._qtensor import QTensor as QTensor
 from ._qtensor import validate as validate
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
+from ._quantized_matmul import quantized_matmul as quantized_matmul
+from ._storage import contiguous as contiguous

@@ -8,10 +8,14 @@ from jaxtyping import Array, Float, Shaped
 from ._formats import Format
 
 _EXPONENT_BITS = np.int32(0x7F800000)  # of a float32: no sign, no mantissa
+_TWICE_THE_BIAS = np.int32(0x7F000000)  # of the exponent: 2**-n has this less the bits of 2**n
 
 
 def round_to(
-    x: Float[Array, "*shape"], format: Format, key: Array | None = None
+    x: Float[Array, "*shape"],
+    format: Format,
+    key: Array | None = None,
+    lowest: float | None = None,
 ) -> Shaped[Array, "*shape"]:
     """Rounds finite float32 numbers to values of a format, and saturates.
 
@@ -20,12 +24,13 @@ def round_to(
         format: The format.
         key: None rounds to nearest even. A PRNG key rounds to one of the two neighbouring values,
             to each with the probability that makes `x` the mean.
+        lowest: The smallest value to use, if not `-format.max`.
 
     Returns:
         Values of `format.dtype`.
     """
     # Saturating first changes no value, since `max` is one; a cast could overflow.
-    x = jnp.clip(x, -format.max, format.max)
+    x = jnp.clip(x, -format.max if lowest is None else lowest, format.max)
     if key is not None:
         x = _round_stochastically(x, format, key)
     elif format.is_integer:
@@ -34,9 +39,15 @@ def round_to(
 
 
 def round_to_grid(x: Float[Array, "*shape"], format: Format) -> Float[Array, "*shape"]:
-    """Rounds finite float32 numbers to nearest even, as if the format had no largest value."""
+    """Rounds finite float32 numbers to nearest even, as if the format had no largest value.
+
+    By arithmetic that is exact on all hardware, so that a cast that rounds otherwise than to
+    nearest even, or twice, has nothing left to round.
+    """
     step = _step(x, format)
-    return jnp.round(x / step) * step
+    bits = _TWICE_THE_BIAS - jax.lax.bitcast_convert_type(step, jnp.int32)
+    inverse = jax.lax.bitcast_convert_type(bits, jnp.float32)  # exact: a step is a power of two
+    return jnp.round(x * inverse) * step
 
 
 def _round_stochastically(

@@ -34,9 +34,7 @@ def product_blocks(rows: int, columns: int, terms: int, groups: int = 1) -> Bloc
         terms: K.
         groups: How many scales there are along K; a block never crosses from one to the next.
     """
-    per_block = (
-        _even(terms, _MOST_TERMS, LANES) if groups == 1 else group_block(terms // groups)
-    )
+    per_block = _even(terms, _MOST_TERMS, LANES) if groups == 1 else group_block(terms // groups)
     return Blocks(
         _even(rows, _MOST_ROWS, SUBLANES), _even(columns, _MOST_COLUMNS, LANES), per_block
     )

@@ -117,9 +117,7 @@ def _kernel(
         out_ref[...] = result.astype(out_ref.dtype)
 
 
-def _quantize_rows(
-    x_ref: Any, values_ref: Any, scale_ref: Any, terms: int, format: Format
-) -> None:
+def _quantize_rows(x_ref: Any, values_ref: Any, scale_ref: Any, terms: int, format: Format) -> None:
     """What `quantize(x, format, axis=1)` does, one block of terms at a time."""
     steps, rows, width = values_ref.shape
 
@@ -128,7 +126,10 @@ def _quantize_rows(
         return mask_terms(x, 1, terms - step * width) if terms % width else x
 
     def largest(step: Array, amax: Float[Array, "m 1"]) -> Float[Array, "m 1"]:
-        return jnp.maximum(amax, jnp.max(jnp.abs(block(step)), axis=1, keepdims=True))
+        x = block(step)
+        # Inf for NaN, so that nothing depends on what a maximum makes of NaN.
+        size = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
+        return jnp.maximum(amax, jnp.max(size, axis=1, keepdims=True))
 
     amax = jax.lax.fori_loop(0, steps, largest, jnp.zeros((rows, 1), jnp.float32))
     scale = scale_of(amax, format)
@@ -136,7 +137,8 @@ def _quantize_rows(
 
     def quantize(step: Array, carry: None) -> None:
         ratio = jnp.where(jnp.isfinite(scale), block(step) / scale, 0.0)
-        # Mosaic does not say how it rounds to float8: let there be nothing left to round.
-        values_ref[step] = round_to(round_to_grid(ratio, format), format)
+        if not format.is_integer:
+            ratio = round_to_grid(ratio, format)
+        values_ref[step] = round_to(ratio, format)
 
     jax.lax.fori_loop(0, steps, quantize, None)
