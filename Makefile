@@ -6,12 +6,12 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx test test-all lint bench
+.PHONY: help demo demo-nnx test test-all test-tpu lint bench
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
-	@echo "make demo | demo-nnx | test | test-all | lint | bench   [PYTHON=...] [ARGS=...]"
+	@echo "make demo | demo-nnx | test | test-all | test-tpu | lint | bench   [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py $(ARGS)
@@ -23,7 +23,11 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not tpu_compile" $(ARGS)
+
+# What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
+test-tpu: .venv/dev,tpu-compile.stamp
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile $(ARGS)
 
 # The variable stops the pyright wrapper from asking the network for a newer version.
 lint: .venv/dev.stamp

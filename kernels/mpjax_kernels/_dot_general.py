@@ -91,7 +91,7 @@ def dot_general(
         return jax.lax.dot_general(
             left, right, axes.dimension_numbers, precision, preferred_element_type
         )
-    dtype = _result_dtype(left, right, preferred_element_type)
+    dtype = result_dtype(left, right, preferred_element_type)
     product = partial(
         multiply, axes=axes, precision=precision, dtype=dtype, implementation=implementation
     )
@@ -157,9 +157,10 @@ def _operand(operand: Array | QTensor) -> Array | QTensor:
     return jnp.asarray(operand)
 
 
-def _result_dtype(
+def result_dtype(
     lhs: Array | QTensor, rhs: Array | QTensor, preferred: DTypeLike | None
 ) -> np.dtype:
+    """The floating dtype of a product with a QTensor."""
     dtype = jnp.result_type(lhs.dtype, rhs.dtype) if preferred is None else jnp.dtype(preferred)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")

@@ -13,6 +13,7 @@ from . import _tpu
 from ._contraction import Contraction, contraction
 from ._derivative import without_derivative
 from ._dot_general import IMPLEMENTATIONS as PRODUCTS
+from ._dot_general import result_dtype
 from ._formats import Format, get_format
 from ._implementation import Implementation, choose
 from ._layout import stored_axes
@@ -63,10 +64,7 @@ def quantized_matmul(
     stored = stored_axes(w.layout, 2)
     axes = contraction(array.shape, w.shape, (((array.ndim - 1,), (0,)), ((), ())))
     axes = axes.reordered(tuple(range(array.ndim)), stored)
-    dtype = jnp.result_type(array.dtype, w.dtype)
-    dtype = dtype if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")
+    dtype = result_dtype(array, w, preferred_element_type)
 
     def product(array: Array, w: QTensor) -> Array:
         return choose(IMPLEMENTATIONS, implementation, (array, w), axes, target, dtype)

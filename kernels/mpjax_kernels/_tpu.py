@@ -1,8 +1,10 @@
 """Products by the Pallas TPU kernels: what they take, and in which form they take it."""
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
@@ -37,7 +39,7 @@ def refusal(
     groups = {_groups(lhs, c.lhs_contract), _groups(rhs, c.rhs_contract)} - {1}
     if reason is None and len(groups) > 1:
         return f"the scales of `lhs` and `rhs` vary along K in different groups, {sorted(groups)}"
-    # A sum of one group leaves int32 before it can grow too large.
+    # With groups, only the sum of a block is one of integers.
     return reason or (None if groups else overflow(lhs, rhs, c))
 
 
@@ -82,13 +84,10 @@ def fused_refusal(
     x: Array, w: QTensor, contraction: Contraction, format: Format, dtype: np.dtype
 ) -> str | None:
     """Why the fused kernel does not quantize `x` and multiply it by `w`; None if it does."""
-    del x, dtype
+    del dtype
     if format.name not in _ACTIVATION_FORMATS:
         return f"it quantizes to one of {', '.join(_ACTIVATION_FORMATS)}, not to {format.name}"
-    reason = _operand_refusal("w", w, contraction.rhs_contract) or _pair_refusal(format, w.format)
-    if reason or not format.is_integer or _groups(w, contraction.rhs_contract) != 1:
-        return reason
-    return overflow(w, w, contraction)
+    return refusal(jax.eval_shape(partial(quantize, format=format, axis=-1), x), w, contraction)
 
 
 def fused(
