@@ -23,7 +23,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not tpu_compile" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu_compile and not tpu_compile" $(ARGS)
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
 test-tpu: .venv/dev,tpu-compile.stamp

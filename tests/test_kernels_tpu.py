@@ -194,7 +194,7 @@ def test_blocks_hold_whatever_they_promise():
     assert product_blocks(8, 128, 1536, groups=2).terms == 768
     assert product_blocks(8, 128, 128 * 11, groups=1).terms == 768
     assert product_blocks(8, 128, 128 * 11 * 13, groups=13).terms == 128
-    assert fused_blocks(512, 1024, 4096, 1, 4).rows == 128
+    assert fused_blocks(512, 1024, 4096, 1, 4) == Blocks(rows=128, columns=1024, terms=1024)
     assert fused_blocks(512, 1024, 10**6, 1, 4) is None
 
 

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _reference, _tpu, _xla
+from . import _gpu, _reference, _tpu, _xla
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
@@ -18,8 +18,10 @@ from ._layout import stored_axes
 from ._qtensor import QTensor, describe, validate
 from ._storage import as_stored
 
-# In the order they are tried when none is named. The last one takes everything.
+# In the order they are tried when none is named. The last one takes everything. XLA comes before
+# the TPU kernel, which nobody has timed against it: that one has to be named.
 IMPLEMENTATIONS = {
+    "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
     "tpu": Implementation(_tpu.refusal, _tpu.dot_general, ("tpu",)),
     "reference": Implementation(_reference.refusal, _reference.dot_general),
@@ -160,7 +162,11 @@ def _operand(operand: Array | QTensor) -> Array | QTensor:
 def result_dtype(
     lhs: Array | QTensor, rhs: Array | QTensor, preferred: DTypeLike | None
 ) -> np.dtype:
-    """The floating dtype of a product with a QTensor."""
+    """The dtype of a product with a QTensor.
+
+    Raises:
+        TypeError: If it is not floating.
+    """
     dtype = jnp.result_type(lhs.dtype, rhs.dtype) if preferred is None else jnp.dtype(preferred)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")

@@ -135,7 +135,7 @@ def _operand_refusal(name: str, q: QTensor, contract: tuple[int, ...]) -> str | 
         return None
     if len(contract) > 1:
         return f"`{name}` is {describe(q)}: its scale varies along one of several contracting axes"
-    group = q.shape[contract[0]] // q.scale.shape[contract[0]]
+    group = q.shape[grouped[0]] // q.scale.shape[grouped[0]]
     if group % LANES == 0:
         return None
     return f"`{name}` is {describe(q)}: a scale per {group} terms, which {LANES} does not divide"
