@@ -1,6 +1,6 @@
 """The public product: one contract, several implementations of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -109,6 +109,7 @@ def multiply(
     precision: jax.lax.PrecisionLike,
     dtype: np.dtype,
     implementation: str | Sequence[str] | None,
+    table: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> Array:
     """The product of valid operands, one of them a QTensor, with no rule for its derivative."""
     orders = tuple(
@@ -116,7 +117,7 @@ def multiply(
     )
     stored = axes.reordered(*orders)
     operands = tuple(as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
-    result = choose(IMPLEMENTATIONS, implementation, operands, stored, precision, dtype)
+    result = choose(table, implementation, operands, stored, precision, dtype)
     # The free axes come in the order in which they are stored; put them in that of the operands.
     batch, rows = len(axes.lhs_batch), len(axes.lhs_free)
     left = [batch + [orders[0][a] for a in stored.lhs_free].index(a) for a in axes.lhs_free]
