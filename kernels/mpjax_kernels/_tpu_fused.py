@@ -47,26 +47,15 @@ def fused_matmul(
     rows, terms = x.shape
     columns, groups = rhs_scale.shape[2], rhs_scale.shape[0]
     steps = math.ceil(terms / blocks.terms)
-    size, width = (blocks.rows, blocks.columns), blocks.terms
-    rhs_spec = (
-        pl.BlockSpec((blocks.columns, width), lambda i, j, k: (j, k))
-        if transposed
-        else pl.BlockSpec((width, blocks.columns), lambda i, j, k: (k, j))
-    )
+    size = blocks.rows, blocks.columns
     return pl.pallas_call(
         partial(_kernel, terms=terms, format=format, grouped=groups > 1, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
         grid=(math.ceil(rows / blocks.rows), math.ceil(columns / blocks.columns), steps),
-        in_specs=[
-            pl.BlockSpec((blocks.rows, steps * width), lambda i, j, k: (i, 0)),
-            rhs_spec,
-            pl.BlockSpec(
-                (None, 1, blocks.columns), lambda i, j, k: (group_of(k, groups, steps), 0, j)
-            ),
-        ],
+        in_specs=_in_specs(blocks, steps, groups, transposed),
         out_specs=pl.BlockSpec(size, lambda i, j, k: (i, j)),
         scratch_shapes=[
-            pltpu.VMEM((steps, blocks.rows, width), format.dtype),
+            pltpu.VMEM((steps, blocks.rows, blocks.terms), format.dtype),
             pltpu.VMEM((blocks.rows, 1), jnp.float32),
             pltpu.VMEM(size, accumulator_dtype(format.dtype, groups)),
         ],
@@ -78,6 +67,18 @@ def fused_matmul(
         interpret=interpret,
         name="quantized_matmul",
     )(x, rhs, rhs_scale)
+
+
+def _in_specs(blocks: Blocks, steps: int, groups: int, transposed: bool) -> list[pl.BlockSpec]:
+    """Which blocks a grid step reads: of rows i, columns j and terms k."""
+    rows, columns, terms = blocks.rows, blocks.columns, blocks.terms
+    return [
+        pl.BlockSpec((rows, steps * terms), lambda i, j, k: (i, 0)),
+        pl.BlockSpec((columns, terms), lambda i, j, k: (j, k))
+        if transposed
+        else pl.BlockSpec((terms, columns), lambda i, j, k: (k, j)),
+        pl.BlockSpec((None, 1, columns), lambda i, j, k: (group_of(k, groups, steps), 0, j)),
+    ]
 
 
 def _kernel(

@@ -53,18 +53,7 @@ def scaled_matmul(
         partial(_kernel, terms=terms, grouped=groups > 1, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((batch, rows, columns), dtype),
         grid=grid,
-        in_specs=[
-            pl.BlockSpec((None, blocks.rows, blocks.terms), lambda b, i, j, k: (b, i, k)),
-            _rhs_spec(blocks, transposed),
-            pl.BlockSpec(
-                (None, None, blocks.rows, 1),
-                lambda b, i, j, k: (b, group_of(k, lhs_scale.shape[1], steps), i, 0),
-            ),
-            pl.BlockSpec(
-                (None, None, 1, blocks.columns),
-                lambda b, i, j, k: (b, group_of(k, rhs_scale.shape[1], steps), 0, j),
-            ),
-        ],
+        in_specs=_in_specs(blocks, steps, lhs_scale.shape[1], rhs_scale.shape[1], transposed),
         out_specs=pl.BlockSpec((None, blocks.rows, blocks.columns), lambda b, i, j, k: (b, i, j)),
         scratch_shapes=[pltpu.VMEM((blocks.rows, blocks.columns), sum_dtype)],
         compiler_params=pltpu.CompilerParams(
@@ -75,10 +64,23 @@ def scaled_matmul(
     )(lhs, rhs, lhs_scale, rhs_scale)
 
 
-def _rhs_spec(blocks: Blocks, transposed: bool) -> pl.BlockSpec:
-    if transposed:
-        return pl.BlockSpec((None, blocks.columns, blocks.terms), lambda b, i, j, k: (b, j, k))
-    return pl.BlockSpec((None, blocks.terms, blocks.columns), lambda b, i, j, k: (b, k, j))
+def _in_specs(
+    blocks: Blocks, steps: int, lhs_groups: int, rhs_groups: int, transposed: bool
+) -> list[pl.BlockSpec]:
+    """Which blocks a grid step reads: of batch b, rows i, columns j and terms k."""
+    rows, columns, terms = blocks.rows, blocks.columns, blocks.terms
+    return [
+        pl.BlockSpec((None, rows, terms), lambda b, i, j, k: (b, i, k)),
+        pl.BlockSpec((None, columns, terms), lambda b, i, j, k: (b, j, k))
+        if transposed
+        else pl.BlockSpec((None, terms, columns), lambda b, i, j, k: (b, k, j)),
+        pl.BlockSpec(
+            (None, None, rows, 1), lambda b, i, j, k: (b, group_of(k, lhs_groups, steps), i, 0)
+        ),
+        pl.BlockSpec(
+            (None, None, 1, columns), lambda b, i, j, k: (b, group_of(k, rhs_groups, steps), 0, j)
+        ),
+    ]
 
 
 def group_of(step: Array, groups: int, steps: int) -> Array | int:
