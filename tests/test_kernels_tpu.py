@@ -1,6 +1,7 @@
 """The Pallas TPU kernels, interpreted on the CPU as two TPU cores with NaN in fresh memory.
 
-What they do in several steps, with ragged ones last, and what they refuse. A race between the cores or a read beyond a buffer fails the test.
+What they do in several steps, with ragged ones last, and what they refuse. A race between the
+cores or a read beyond a buffer fails the test.
 """
 
 from functools import partial
