@@ -22,5 +22,6 @@ from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
 from ._quantized_dot import DotScales as DotScales
 from ._quantized_dot import quantized_dot_general as quantized_dot_general
+from ._quantized_matmul import quantized_matmul as quantized_matmul
 from ._ragged_dot import ragged_dot as ragged_dot
 from ._storage import contiguous as contiguous
