@@ -227,3 +227,30 @@ def test_batches_and_vmap_compile(compiled, chip):
         return mk.matmul(mk.quantize(x, axis=2), mk.quantize(w, axis=1), implementation="tpu")
 
     compiled(chip, batched, x, jax.ShapeDtypeStruct((3, 300, 200), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("format", ["int8", E4M3])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_convolutions_ragged_products_and_lookups_hold_no_dequantized_weight(
+    compiled, chip, format
+):
+    def quantized(axis, *shape):
+        return jax.eval_shape(
+            lambda x: mk.quantize(x, format, axis=axis), jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        )
+
+    def conv(x, w):
+        nhwc = ("NHWC", "HWIO", "NHWC")
+        return mk.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=nhwc)
+
+    images, kernel = quantized((1, 2, 3), 8, 14, 14, 256), quantized((0, 1, 2), 3, 3, 256, 256)
+    rows, experts = quantized(1, ROWS, TERMS), quantized(1, 8, TERMS, COLUMNS)
+    sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
+    table, tokens = quantized(1, 32000, COLUMNS), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    for operation, weight, args in [
+        (conv, kernel, (images, kernel)),
+        (mk.ragged_dot, experts, (rows, experts, sizes)),
+        (mk.embedding_lookup, table, (table, tokens)),
+    ]:
+        memory = compiled(chip, operation, *args).memory_analysis()
+        assert memory.temp_size_in_bytes < weight.nbytes / 10

@@ -1,16 +1,17 @@
 """Ragged products by XLA's own, of the stored values, with the scales applied afterwards."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from . import _xla
 from ._contraction import Contraction
 from ._implementation import Operand
-from ._multiplicands import multiplicands, zero_point_refusal
+from ._multiplicands import Multiplicands, multiplicands, zero_point_refusal
 from ._qtensor import QTensor, in_order
 from ._storage import expand_scale
 
@@ -36,8 +37,7 @@ def ragged_dot(
 ) -> Float[Array, "m n"]:
     """Multiplies the values, then each row by its own scale and those of its expert."""
     lhs, rhs = (in_order(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
-    m = multiplicands(lhs, rhs, precision)
-    result = jax.lax.ragged_dot(m.lhs, m.rhs, sizes, m.precision, m.sum_dtype).astype(jnp.float32)
+    result = _sums(multiplicands(lhs, rhs, precision), sizes).astype(jnp.float32)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(lhs.shape[0], dtype=ends.dtype)
     if isinstance(lhs, QTensor):
@@ -50,3 +50,12 @@ def ragged_dot(
         result = result * scale
     # The rows that are left over are zero whatever the scales are.
     return jnp.where(row[:, None] < ends[-1], result, 0.0).astype(dtype)
+
+
+def _sums(m: Multiplicands, sizes: Integer[Array, " g"]) -> Shaped[Array, "m n"]:
+    dot = partial(jax.lax.ragged_dot, preferred_element_type=m.sum_dtype)
+    precise = partial(dot, precision=m.precision)
+    if m.precision is None or m.lhs.dtype.itemsize != 1:
+        return precise(m.lhs, m.rhs, sizes)
+    # The compiler of TPU7x takes no precision for float8, whose products are exact there anyway.
+    return jax.lax.platform_dependent(m.lhs, m.rhs, sizes, tpu=dot, default=precise)
