@@ -229,10 +229,9 @@ def test_batches_and_vmap_compile(compiled, chip):
     compiled(chip, batched, x, jax.ShapeDtypeStruct((3, 300, 200), jnp.bfloat16))
 
 
-@pytest.mark.parametrize("format", ["int8", E4M3])
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("chip", "format", "_"), NATIVE)
 def test_convolutions_ragged_products_and_lookups_hold_no_dequantized_weight(
-    compiled, chip, format
+    compiled, chip, format, _
 ):
     def quantized(axis, *shape):
         return jax.eval_shape(
