@@ -11,6 +11,13 @@ import numpy as np
 
 from _timing import interleaved, spread
 
+# Largest relative mean absolute errors of products of Gaussians.
+FLOAT32_BOUND = 0.001  # what TensorFloat-32 would leave; float32 itself leaves 1e-6
+BFLOAT16_BOUND = 0.005  # two operands and a result, each to 2**-9
+# A scale per tensor follows the largest of M * K Gaussians, one per row the largest of K: with
+# 2048 * 2048 and 4096 of them 5.1 and 3.6 standard deviations. The error of a product grows so.
+PER_TENSOR = 1.6
+
 
 @dataclass(frozen=True)
 class Program:
@@ -35,14 +42,15 @@ class Contender:
 
     Attributes:
         prepare: Returns the program; what it does is not timed.
-        bound: The largest relative mean absolute error that its format allows.
+        bound: The largest relative mean absolute error that its format allows; None for one that
+            computes less than the case asks, as a yardstick, and is not compared.
         package: Whose version stands in the row.
         note: What a reader must know to compare it.
         decode: From what the program returns to the array that is compared.
     """
 
     prepare: Callable[[], Program]
-    bound: float
+    bound: float | None
     package: str = "jax"
     note: str = ""
     decode: Callable[[Any], Any] = np.asarray
@@ -74,6 +82,8 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
     executable = jax.jit(function).lower(*arguments).compile()
     elapsed = time.perf_counter() - started
     memory = executable.memory_analysis()
+    if memory is None:
+        raise NotImplementedError(f"{jax.default_backend()} does not say what a program reads")
     return Program(
         run=lambda: jax.block_until_ready(executable(*arguments)),
         compile_seconds=elapsed,
@@ -141,13 +151,17 @@ def chosen(contenders: dict[str, Contender], names: Sequence[str] | None) -> dic
 
 def _ready(contender: Contender, reference: np.ndarray) -> tuple[Program, dict[str, Any]]:
     program = contender.prepare()
-    error = relative_error(contender.decode(program.run()), reference)
-    if not error <= contender.bound:
-        raise ArithmeticError(
-            f"wrong result: relative mean absolute error {error:.4g}, at most {contender.bound:.4g}"
-        )
+    result = program.run()
+    error = None
+    if contender.bound is not None:
+        error = relative_error(contender.decode(result), reference)
+        if not error <= contender.bound:  # NaN is not
+            raise ArithmeticError(
+                f"wrong result: relative mean absolute error {error:.4g}, "
+                f"at most {contender.bound:.4g}"
+            )
     entry = _identity(contender) | {
-        "relative_error": float(f"{error:.4g}"),
+        "relative_error": None if error is None else float(f"{error:.4g}"),
         "error_bound": contender.bound,
         "compile_s": round(program.compile_seconds, 4),
         "temporary_bytes": program.temporary_bytes,

@@ -96,7 +96,7 @@ def _figures(entry: dict[str, Any], verdict: dict[str, Any] | None) -> list[str]
         f"{entry['gb_per_s']:.1f} ({share:.2f})",
         gops,
         f"{entry['compile_s']:.2f}",
-        f"{entry['relative_error']:.2g}",
+        "" if entry["relative_error"] is None else f"{entry['relative_error']:.2g}",
     ]
 
 

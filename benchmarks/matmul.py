@@ -108,9 +108,7 @@ def contest(case: Case, names: list[str] | None = None) -> Contest:
 
 def ours(fmt: Format, x: np.ndarray, w: np.ndarray) -> Program:
     """`mk.matmul` as a layer calls it."""
-    weights = mk.quantize(
-        jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size
-    )
+    weights = mk.quantize(jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size)
 
     def product(x: jax.Array, w: mk.QTensor) -> jax.Array:
         return mk.matmul(mk.quantize(x, fmt.activations, axis=1) if fmt.activations else x, w)
