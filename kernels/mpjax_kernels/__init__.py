@@ -16,3 +16,4 @@ from ._qtensor import QTensor as QTensor
 from ._qtensor import validate as validate
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
+from ._storage import contiguous as contiguous

@@ -5,6 +5,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ._layout import positions
+
 # ((lhs contracting, rhs contracting), (lhs batch, rhs batch)), as jax.lax.dot_general has it.
 DimensionNumbers = tuple[
     tuple[Sequence[int], Sequence[int]],
@@ -27,6 +29,18 @@ class Contraction:
     lhs_batch: tuple[int, ...]
     rhs_batch: tuple[int, ...]
 
+    def reordered(self, lhs_axes: tuple[int, ...], rhs_axes: tuple[int, ...]) -> "Contraction":
+        """The same contraction of operands whose axes are put in the orders given."""
+        left, right = positions(lhs_axes), positions(rhs_axes)
+        return Contraction(
+            tuple(self.lhs_shape[a] for a in lhs_axes),
+            tuple(self.rhs_shape[a] for a in rhs_axes),
+            tuple(left[a] for a in self.lhs_contract),
+            tuple(right[a] for a in self.rhs_contract),
+            tuple(left[a] for a in self.lhs_batch),
+            tuple(right[a] for a in self.rhs_batch),
+        )
+
     @property
     def dimension_numbers(self) -> DimensionNumbers:
         """The form that `jax.lax.dot_general` takes."""
@@ -41,6 +55,14 @@ class Contraction:
     def rhs_free(self) -> tuple[int, ...]:
         """The axes of the right operand that are in the output alone."""
         return _others(len(self.rhs_shape), self.rhs_contract + self.rhs_batch)
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        return (
+            *(self.lhs_shape[a] for a in self.lhs_batch + self.lhs_free),
+            *(self.rhs_shape[a] for a in self.rhs_free),
+        )
 
     @property
     def rows(self) -> int:

@@ -6,21 +6,29 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from . import _reference, _xla
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import without_derivative
+from ._implementation import Implementation, Operand, check_names, choose
+from ._layout import stored_axes
 from ._qtensor import QTensor, describe, validate
-from ._reference import reference_dot_general
-from ._xla import xla_dot_general
+from ._storage import as_stored
 
 # In the order they are tried when none is named. The last one takes everything.
-IMPLEMENTATIONS = {"xla": xla_dot_general, "reference": reference_dot_general}
+IMPLEMENTATIONS = {
+    "xla": Implementation(_xla.refusal, _xla.dot_general),
+    "reference": Implementation(_reference.refusal, _reference.dot_general),
+}
+# Those that XLA can differentiate: linear in an array beside a QTensor, in every bit.
+_LINEAR = ("xla", "reference")
 
 _NO_DERIVATIVE = (
     "the product of two QTensors has no derivative: their values come from rounding, which is "
-    "flat. Training through int8 products is not built yet, nor through those of other formats; "
+    "flat. To train through quantized products use mpjax_kernels.quantized_dot_general; or "
     "differentiate the model before it is quantized, or keep one operand an array (the product is "
     "differentiable in that one)"
 )
@@ -39,9 +47,11 @@ def dot_general(
 
     Implementations, in the order they are tried:
 
-    - `"xla"`: one or two QTensors whose scales are constant along the contracting axes, applied
-      in float32 after the dot. Two of integers accumulate exactly in int32, two of float8 in
-      float32. An array keeps its dtype, the values of a QTensor beside it are converted to that.
+    - `"xla"`: what XLA multiplies as stored, on every platform. Two QTensors of integers
+      accumulate exactly in int32, two of float8 in float32, one of each in bfloat16 products and
+      float32 sums. An array keeps its dtype, the values of a QTensor beside it are converted to
+      that. Scales are applied in float32 after the dot, or after the dot of each group where they
+      vary along a contracting axis.
     - `"reference"`: anything. Dequantizes to float32 and multiplies in full float32. It is
       the definition of the result; the others differ from it only by float32 rounding.
 
@@ -68,9 +78,9 @@ def dot_general(
             array is floating and the other not.
         NotImplementedError: If no implementation allowed takes these operands, with every
             reason; or if a product of two QTensors is differentiated. A product of an array
-            and a QTensor is differentiable in the array.
+            and a QTensor is differentiable in the array, by `"xla"` or `"reference"`.
     """
-    names = _names(implementation)
+    check_names(IMPLEMENTATIONS, implementation)
     left, right = _operand(lhs), _operand(rhs)
     axes = contraction(left.shape, right.shape, dimension_numbers)
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
@@ -78,48 +88,63 @@ def dot_general(
         return jax.lax.dot_general(
             left, right, axes.dimension_numbers, precision, preferred_element_type
         )
+    dtype = _result_dtype(left, right, preferred_element_type)
     product = partial(
-        _first_that_can,
-        names=names,
-        axes=axes,
-        precision=precision,
-        dtype=_result_dtype(left, right, preferred_element_type),
+        multiply, axes=axes, precision=precision, dtype=dtype, implementation=implementation
     )
     if isinstance(left, QTensor) and isinstance(right, QTensor):
-        product = without_derivative(product, _NO_DERIVATIVE)
-    return product(left, right)
+        return without_derivative(product, _NO_DERIVATIVE)(left, right)
+    return _linear(product, partial(product, implementation=_LINEAR))(left, right)
 
 
-def _first_that_can(
-    lhs: Array | QTensor,
-    rhs: Array | QTensor,
-    names: tuple[str, ...],
+def multiply(
+    lhs: Operand,
+    rhs: Operand,
     axes: Contraction,
     precision: jax.lax.PrecisionLike,
     dtype: np.dtype,
+    implementation: str | Sequence[str] | None,
 ) -> Array:
-    reasons = []
-    for name in names:
-        try:
-            return IMPLEMENTATIONS[name](lhs, rhs, axes, precision, dtype)
-        except NotImplementedError as error:
-            reasons.append(f"{name!r}: {error}")
-    raise NotImplementedError(
-        f"no implementation allowed multiplies {describe(lhs)} by {describe(rhs)}: "
-        + "; ".join(reasons)
+    """The product of valid operands, one of them a QTensor, with no rule for its derivative."""
+    orders = tuple(
+        stored_axes(o.layout if isinstance(o, QTensor) else None, o.ndim) for o in (lhs, rhs)
     )
+    stored = axes.reordered(*orders)
+    operands = tuple(as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
+    result = choose(IMPLEMENTATIONS, implementation, operands, stored, precision, dtype)
+    # The free axes come in the order in which they are stored; put them in that of the operands.
+    batch, rows = len(axes.lhs_batch), len(axes.lhs_free)
+    left = [batch + [orders[0][a] for a in stored.lhs_free].index(a) for a in axes.lhs_free]
+    right = [orders[1][a] for a in stored.rhs_free]
+    right = [batch + rows + right.index(a) for a in axes.rhs_free]
+    order = [*range(batch), *left, *right]
+    return result if order == sorted(order) else jnp.transpose(result, order)
 
 
-def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
-    if implementation is None:
-        return tuple(IMPLEMENTATIONS)
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    unknown = [name for name in names if name not in IMPLEMENTATIONS]
-    if unknown or not names:
-        raise ValueError(
-            f"unknown `implementation` {implementation!r}: known are {sorted(IMPLEMENTATIONS)}"
-        )
-    return names
+def _linear(product, linear_product):
+    """`product` of an array and a QTensor, whose derivative in the array is `linear_product`'s."""
+    guarded = jax.custom_jvp(product)
+
+    def rule(primals: tuple, tangents: tuple):
+        primals = tuple(primals)
+        moving = []
+        for primal, tangent in zip(primals, tangents, strict=True):
+            parts = jax.tree.leaves(tangent, is_leaf=lambda t: isinstance(t, SymbolicZero))
+            moves = not all(isinstance(part, SymbolicZero) for part in parts)
+            if moves and isinstance(primal, QTensor):
+                raise NotImplementedError(_NO_DERIVATIVE_OF_QTENSOR)
+            moving.append(tangent if moves else primal)
+        out = product(*primals)
+        return out, linear_product(*moving)
+
+    guarded.defjvp(rule, symbolic_zeros=True)
+    return guarded
+
+
+_NO_DERIVATIVE_OF_QTENSOR = (
+    "the values of a QTensor have no derivative, nor has its scale: they come from rounding, which "
+    "is flat. Differentiate the model before it is quantized, or with respect to other arguments"
+)
 
 
 def _operand(operand: Array | QTensor) -> Array | QTensor:

@@ -39,9 +39,14 @@ class Format:
         """Whether the values are integers."""
         return jnp.issubdtype(self.dtype, jnp.integer)
 
+    @property
+    def lowest(self) -> float:
+        """The smallest value beside a zero point: -128 of int8, -8 of int4."""
+        return -self.max - 1 if self.is_integer else -self.max
 
-# -128 and -8 are left out: a range symmetric about zero needs no zero point, so a product of two
-# integer tensors is one integer dot and one rescale, without correction terms.
+
+# Without a zero point, -128 and -8 are left out: a range symmetric about zero makes a
+# product of two integer tensors one integer dot and one rescale, without correction terms.
 int8 = Format("int8", jnp.dtype(jnp.int8), 8, 127.0)
 int4 = Format("int4", jnp.dtype(jnp.int4), 4, 7.0)
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from ._axes import canonical_axes
+
 GroupSize = int | tuple[int, ...] | None
 
 
@@ -29,7 +31,7 @@ def granularity(
     Raises:
         ValueError: If an axis is out of range or named twice, or a group size does not fit.
     """
-    axes = _canonical_axes(axis, len(shape))
+    axes = canonical_axes(axis, len(shape))
     groups = dict(zip(axes, _group_sizes(axes, group_size), strict=True))
     split, reduced, scales = [], [], []
     for a, size in enumerate(shape):
@@ -47,6 +49,31 @@ def granularity(
         reduced.append(len(split))
         split.append(size if group == -1 else group)
     return Granularity(tuple(split), tuple(reduced), tuple(scales))
+
+
+def granularity_of(shape: tuple[int, ...], scales: tuple[int, ...]) -> Granularity:
+    """The granularity that a scale of shape `scales` means.
+
+    Raises:
+        ValueError: If the ranks differ, or a size is not 1, that of `shape` or a divisor of it.
+    """
+    if len(shape) != len(scales) or not all(map(fits, shape, scales)):
+        raise ValueError(
+            f"`scale` has shape {scales}, but `x` has {shape}: it must have the same rank, and "
+            "along each axis size 1, the size of `x` or a divisor of it"
+        )
+    split, reduced = [], []
+    for size, groups in zip(shape, scales, strict=True):
+        split.append(groups)
+        if groups != size:
+            reduced.append(len(split))
+            split.append(size // groups)
+    return Granularity(tuple(split), tuple(reduced), scales)
+
+
+def fits(size: int, scales: int) -> bool:
+    """Whether an axis of this size can have that many scales."""
+    return scales in (1, size) or (scales > 0 and size % scales == 0)
 
 
 def _check_divides(group: int, size: int, axis: int) -> None:
@@ -69,15 +96,3 @@ def _group_sizes(axes: tuple[int, ...], group_size: GroupSize) -> tuple[int, ...
             "give one group size per axis, as in axis=(0, 1), group_size=(128, 128)"
         )
     return sizes
-
-
-def _canonical_axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
-    if axis is None:
-        return tuple(range(ndim))
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    if not all(-ndim <= a < ndim for a in axes):
-        raise ValueError(f"`axis` is {axis}, but `x` has {ndim} axes")
-    axes = tuple(a % ndim for a in axes)
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"`axis` is {axis}, which names an axis of `x` twice")
-    return axes

@@ -1,6 +1,7 @@
 """The quantized tensor: small values, and the scales that give them their size back."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -8,12 +9,12 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int8, Shaped
 
-from ._derivative import without_derivative
 from ._formats import Format, get_format
+from ._granularity import fits
 from ._indexing import full_index, scale_index
+from ._layout import Layout, is_layout, positions, stored_axes
 
 _REMEDY = (
     "use mpjax_kernels.dot_general / matmul / einsum, "
@@ -21,40 +22,46 @@ _REMEDY = (
     "(A weight that mpjax.quantize made is applied by the model as mpjax.wrap returned it.)"
 )
 
-_NO_DERIVATIVE = (
-    "the values of a QTensor have no derivative: they come from rounding, which is flat, and their "
-    "dtype has no room for one. Differentiate the model before it is quantized, or with respect to "
-    "other arguments"
-)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
-    """A tensor `x ~ values * scale`, as `quantize` makes it.
+    """A tensor `x ~ (values - zero_point) * scale`, as `quantize` makes it.
 
     Invariants, checked by `validate` and not on construction, since JAX also builds this class
     around tracers, `ShapeDtypeStruct`s, shardings and None:
 
-    - `values` has the storage dtype of a known format and the shape of the tensor;
-    - `values` are finite and `|values| <= format.max`: int8 never holds -128, int4 never -8;
-    - `scale` is float32 and has the rank of `values`;
-    - along each axis, `scale` has size 1 (the axis shares a scale), the size of `values` (a
+    - `values` has the storage dtype of a known format and, but for `layout`, the shape of the
+      tensor;
+    - `values` are finite and `|values| <= format.max`; only beside a zero point does int8 hold
+      -128 and int4 -8;
+    - `scale` is float32 and has the rank of the tensor;
+    - along each axis, `scale` has size 1 (the axis shares a scale), the size of the tensor (a
       scale per entry) or a divisor of it (a scale per group of neighbours);
-    - `scale` is positive, or NaN where the tensor was not finite.
+    - `scale` is positive, or NaN where the tensor was not finite;
+    - `zero_point` is None (zero, everywhere) or int8 of the shape of `scale`, and then the format
+      is an integer one;
+    - `layout` is None or the trailing axes, each once, counted from the end.
 
     An axis that `jax.vmap` or `jax.lax.scan` maps over must have a scale per entry, as in
-    `quantize(w, axis=1)` for a stack of weights `w` of shape [layers, K, N].
+    `quantize(w, axis=1)` for a stack of weights `w` of shape [layers, K, N], and no place in
+    `layout`.
 
     Attributes:
         values: The stored numbers.
         scale: What they are multiplied by.
         dtype: The logical dtype: the dtype that `dequantize` returns (static).
+        zero_point: The value that stands for zero.
+        layout: The order in which the trailing axes of `values` are stored (static): `(-1, -2)`
+            for a weight of shape [K, N] stored as [N, K]. `scale` and `zero_point` keep the
+            order of the tensor. See `contiguous`.
     """
 
-    values: Shaped[Array, "*shape"]
+    values: Shaped[Array, "*stored"]
     scale: Float[Array, "*scales"]
     dtype: np.dtype = field(metadata={"static": True})
+    zero_point: Int8[Array, "*scales"] | None = None
+    layout: Layout = field(default=None, metadata={"static": True})
 
     @property
     def format(self) -> Format:
@@ -63,13 +70,14 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor, that of `values`."""
-        return self.values.shape
+        """The shape of the tensor."""
+        stored = self.values.shape
+        return tuple(stored[i] for i in positions(stored_axes(self.layout, len(stored))))
 
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return len(self.shape)
+        return len(self.values.shape)
 
     @property
     def size(self) -> int:
@@ -78,11 +86,12 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of `values` and `scale` together, two int4 values to a byte.
+        """The bytes of `values`, `scale` and `zero_point` together, two int4 values to a byte.
 
         What the format needs, not what a backend allocates: it may unpack int4 in memory.
         """
-        return -(-self.size * self.format.bits // 8) + 4 * math.prod(self.scale.shape)
+        per_scale = 4 if self.zero_point is None else 5
+        return -(-self.size * self.format.bits // 8) + per_scale * math.prod(self.scale.shape)
 
     @property
     def T(self) -> "QTensor":
@@ -90,13 +99,9 @@ class QTensor:
         return self.transpose()
 
     def transpose(self, *axes: Any) -> "QTensor":
-        """The tensor with its axes permuted, as `numpy.ndarray.transpose`."""
+        """The tensor with its axes permuted, as `numpy.ndarray.transpose`, stored in that order."""
         order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes or None
-        return replace(
-            self,
-            values=jnp.transpose(self.values, order),
-            scale=jnp.transpose(self.scale, order),
-        )
+        return _each(partial(jnp.transpose, axes=order), in_order(self))
 
     def __getitem__(self, index: Any) -> "QTensor":
         """Basic indexing: ints, slices, None and Ellipsis. `q[...]` is `q` itself.
@@ -109,10 +114,22 @@ class QTensor:
             return self
         index = full_index(index, self.shape)
         at = scale_index(index, self.shape, self.scale.shape)
-        return replace(self, values=self.values[index], scale=self.scale[at])
+        source = self if _keeps(index, self.layout) else in_order(self)
+        zero_point = None if self.zero_point is None else self.zero_point[at]
+        return replace(
+            source, values=source.values[index], scale=self.scale[at], zero_point=zero_point
+        )
 
     def __repr__(self) -> str:
-        return f"QTensor({describe(self.values)}, scale {describe(self.scale)})"
+        values = self.values
+        if self.layout is not None:
+            values = jax.ShapeDtypeStruct(self.shape, values.dtype)
+        parts = [describe(values), f"scale {describe(self.scale)}"]
+        if self.zero_point is not None:
+            parts.append(f"zero_point {describe(self.zero_point)}")
+        if self.layout is not None:
+            parts.append(f"layout {self.layout}")
+        return f"QTensor({', '.join(parts)})"
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{self!r} cannot be used as an array: {_REMEDY}")
@@ -129,10 +146,15 @@ def validate(q: QTensor) -> None:
     """Checks what can be checked of a QTensor's invariants without looking at its numbers.
 
     Raises:
-        TypeError: If `values` has the dtype of no known format, `scale` is not float32, or
-            the logical dtype is not floating.
-        ValueError: If the shape of `scale` does not fit that of `values`.
+        TypeError: If `values` has the dtype of no known format, `scale` is not float32,
+            `zero_point` not int8, or the logical dtype is not floating.
+        ValueError: If the shape of `scale` or `zero_point`, or `layout`, does not fit `values`.
     """
+    if not is_layout(q.layout, q.ndim):
+        raise ValueError(
+            f"`layout` {q.layout} of a tensor of {q.ndim} axes must hold its trailing axes, each "
+            "once, counted from the end, as in (-1, -2)"
+        )
     try:
         get_format(q.values.dtype.name)
     except ValueError as error:
@@ -141,32 +163,34 @@ def validate(q: QTensor) -> None:
         raise TypeError(f"`scale` of {q!r} must be float32")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise TypeError(f"`dtype` of {q!r} must be floating, got {q.dtype}")
-    if len(q.scale.shape) != q.ndim or not all(map(_fits, q.shape, q.scale.shape)):
+    if len(q.scale.shape) != q.ndim or not all(map(fits, q.shape, q.scale.shape)):
         raise ValueError(
             f"`scale` of {q!r} must have the rank of `values`, "
             "and along each axis size 1, the size of `values` or a divisor of it"
         )
+    if q.zero_point is not None:
+        if q.zero_point.dtype != jnp.int8 or not q.format.is_integer:
+            raise TypeError(f"`zero_point` of {q!r} must be int8, beside integer values")
+        if q.zero_point.shape != q.scale.shape:
+            raise ValueError(f"`zero_point` of {q!r} must have the shape of `scale`")
 
 
-def decode(q: QTensor, dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """The values, without the scale, in a wider floating dtype; a derivative is refused."""
-    convert = partial(jnp.asarray, dtype=dtype)
-    if not q.format.is_integer:  # integers cannot carry a derivative
-        convert = without_derivative(convert, _NO_DERIVATIVE)
-    return convert(q.values)
+def in_order(q: QTensor) -> QTensor:
+    """The same tensor, stored in the order of its axes."""
+    if q.layout is None:
+        return q
+    values = jnp.transpose(q.values, positions(stored_axes(q.layout, q.ndim)))
+    return replace(q, values=values, layout=None)
 
 
-def expand_scale(q: QTensor) -> Float[Array, "*scales"]:
-    """The scale with every group spelled out: each axis has size 1 or that of the values."""
-    scale = q.scale
-    for axis, (size, scales) in enumerate(zip(q.shape, scale.shape, strict=True)):
-        if scales not in (1, size):
-            scale = jnp.repeat(scale, size // scales, axis=axis)
-    return scale
+def _each(change: Callable[[Array], Array], q: QTensor) -> QTensor:
+    zero_point = None if q.zero_point is None else change(q.zero_point)
+    return replace(q, values=change(q.values), scale=change(q.scale), zero_point=zero_point)
 
 
-def _fits(size: int, scales: int) -> bool:
-    return scales in (1, size) or (scales > 0 and size % scales == 0)
+def _keeps(index: tuple, layout: Layout) -> bool:
+    """Whether a full index leaves every axis that the layout names as it is."""
+    return layout is None or all(item == slice(None) for item in index[-len(layout) :])
 
 
 def describe(leaf: Any) -> str:

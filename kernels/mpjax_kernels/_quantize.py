@@ -5,13 +5,14 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int8, Shaped
 
 from ._derivative import without_derivative
 from ._formats import Format, get_format
-from ._granularity import Granularity, GroupSize, granularity
-from ._qtensor import QTensor, decode, expand_scale, validate
+from ._granularity import Granularity, GroupSize, granularity, granularity_of
+from ._qtensor import QTensor, describe, in_order, validate
 from ._rounding import round_to
+from ._storage import decode, expand_scale
 
 # No scale is below `tiny`, the smallest normal number: CPUs under XLA and TPUs flush smaller
 # ones to zero, and x would be divided by zero.
@@ -31,9 +32,11 @@ def quantize(
     *,
     axis: int | tuple[int, ...] | None = None,
     group_size: GroupSize = None,
+    scale: Float[ArrayLike, "*scales"] | None = None,
+    symmetric: bool = True,
     key: Array | None = None,
 ) -> QTensor:
-    """Quantizes an array: `x ~ values * scale`, symmetric about zero.
+    """Quantizes an array: `x ~ values * scale`, or `x ~ (values - zero_point) * scale`.
 
     With everything in float32, and `amax` the maximum of `|x|` over the entries that share a
     scale::
@@ -48,6 +51,14 @@ def quantize(
     `key` it is less than twice that, and zero on average. A non-finite entry makes its whole
     scale NaN, so that every product with it stays visibly non-finite; so does a float64 entry
     beyond the range of float32.
+
+    With `symmetric=False`, and `low <= 0 <= high` the range of the entries and of zero::
+
+        scale      = max((high - low) / (2**bits - 1), 2**-126)
+        zero_point = saturate(round(-2**(bits - 1) - low / scale))
+        values     = saturate(round(x / scale + zero_point))
+
+    The error is at most `scale / 2` again, and zeros stay exact zeros.
 
     Args:
         x: An array of any shape and any floating dtype.
@@ -67,9 +78,11 @@ def quantize(
         size 1 along `axis` and the size of `x` along the others.
 
     Raises:
-        TypeError: If `x` is not floating.
-        ValueError: If `format` is unknown, `axis` is out of range or has duplicates, or
-            `group_size` does not divide the size of its axis.
+        TypeError: If `x` or `scale` is not floating.
+        ValueError: If `format` is unknown, `axis` is out of range or has duplicates,
+            `group_size` does not divide the size of its axis, the shape of `scale` does not fit
+            or it comes with `axis`, `group_size` or `symmetric=False`, or the format has no zero
+            point.
         NotImplementedError: If it is differentiated with respect to `x`.
 
     References:
@@ -80,14 +93,48 @@ def quantize(
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"`x` must have a floating dtype to be quantized, got {array.dtype}")
-    blocks = granularity(array.shape, axis, group_size)
-    compute = partial(_quantize, target=target, blocks=blocks)
-    values, scale = without_derivative(compute, _NO_DERIVATIVE)(array, key)
-    return QTensor(values, scale, np.dtype(array.dtype))
+    if not symmetric and not target.is_integer:
+        raise ValueError(
+            f"`symmetric=False` needs an integer format: {target.name} has no zero point"
+        )
+    if scale is None:
+        blocks = granularity(array.shape, axis, group_size)
+        compute = _quantize if symmetric else _quantize_asymmetric
+        compute = partial(compute, target=target, blocks=blocks)
+        parts = without_derivative(compute, _NO_DERIVATIVE)(array, key)
+    else:
+        if axis is not None or group_size is not None or not symmetric:
+            raise ValueError(
+                "`scale` says by its shape which entries share one: "
+                "give neither `axis` nor `group_size` nor `symmetric=False` beside it"
+            )
+        known = known_scale(scale, array.shape)
+        compute = partial(_quantize_with, target=target)
+        parts = without_derivative(compute, _NO_DERIVATIVE)(array, known, key)
+    values, found, *zero_point = parts
+    return QTensor(values, found, np.dtype(array.dtype), *zero_point)
+
+
+def known_scale(
+    scale: Float[ArrayLike, "*scales"], shape: tuple[int, ...]
+) -> Float[Array, "*scales"]:
+    """A scale that a user gives for an array of this shape, as float32 of its rank.
+
+    Raises:
+        TypeError: If it is not floating.
+        ValueError: If its shape does not fit.
+    """
+    array = jnp.asarray(scale)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`scale` must be floating, got {describe(array)}")
+    if array.ndim == 0:
+        array = array.reshape((1,) * len(shape))
+    granularity_of(shape, array.shape)
+    return array.astype(jnp.float32)
 
 
 def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*shape"]:
-    """Returns `values * scale`, computed in float32 and cast to `dtype`.
+    """Returns `(values - zero_point) * scale`, computed in float32 and cast to `dtype`.
 
     Args:
         q: The tensor to dequantize.
@@ -104,6 +151,7 @@ def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*sha
     target = q.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(target, jnp.floating):
         raise TypeError(f"`dtype` must be floating to dequantize {q!r}, got {target}")
+    q = in_order(q)
     return (decode(q, jnp.float32) * expand_scale(q)).astype(target)
 
 
@@ -116,6 +164,42 @@ def _quantize(
     # The cast of a NaN is not the same in every format and on every platform; the scale carries it.
     ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
     return round_to(ratio, target, key).reshape(x.shape), scale.reshape(blocks.scales)
+
+
+def _quantize_with(
+    x: Float[Array, "*shape"], scale: Float[Array, "*scales"], key: Array | None, target: Format
+) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
+    blocks = granularity_of(x.shape, scale.shape)
+    split = x.astype(jnp.float32).reshape(blocks.split)
+    finite = jnp.all(jnp.isfinite(split), axis=blocks.reduced, keepdims=True)
+    scale = jnp.where(finite, scale.reshape(finite.shape), jnp.nan)
+    scale = jnp.where(scale > 0, jnp.maximum(scale, _FLOAT32.tiny), jnp.nan)
+    ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
+    return round_to(ratio, target, key).reshape(x.shape), scale.reshape(blocks.scales)
+
+
+def _quantize_asymmetric(
+    x: Float[Array, "*shape"], key: Array | None, target: Format, blocks: Granularity
+) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"], Int8[Array, "*scales"]]:
+    split = x.astype(jnp.float32).reshape(blocks.split)
+    high = jnp.max(split, axis=blocks.reduced, keepdims=True, initial=0.0)
+    low = jnp.min(split, axis=blocks.reduced, keepdims=True, initial=0.0)
+    # Two quotients, because the difference of the largest float32s is infinite; and a little
+    # less than the largest, because a value times the scale must not be.
+    levels = 2.0**target.bits - 1
+    scale = jnp.maximum(high / levels - low / levels, _FLOAT32.tiny)
+    scale = jnp.where(high == low, 1.0, scale)
+    scale = jnp.where(jnp.isfinite(high) & jnp.isfinite(low), scale, jnp.nan)
+    finite = jnp.isfinite(scale)
+    zero_point = jnp.where(finite, target.lowest - low / scale, 0.0)
+    zero_point = jnp.clip(jnp.round(zero_point), target.lowest, target.max)
+    ratio = jnp.where(finite, split / scale + zero_point, 0.0)
+    values = round_to(ratio, target, key, lowest=target.lowest).reshape(x.shape)
+    return (
+        values,
+        scale.reshape(blocks.scales),
+        zero_point.astype(jnp.int8).reshape(blocks.scales),
+    )
 
 
 def _scale_of(amax: Float[Array, "*scales"], target: Format) -> Float[Array, "*scales"]:

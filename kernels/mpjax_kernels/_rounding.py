@@ -11,7 +11,10 @@ _EXPONENT_BITS = np.int32(0x7F800000)  # of a float32: no sign, no mantissa
 
 
 def round_to(
-    x: Float[Array, "*shape"], format: Format, key: Array | None = None
+    x: Float[Array, "*shape"],
+    format: Format,
+    key: Array | None = None,
+    lowest: float | None = None,
 ) -> Shaped[Array, "*shape"]:
     """Rounds finite float32 numbers to values of a format, and saturates.
 
@@ -20,12 +23,13 @@ def round_to(
         format: The format.
         key: None rounds to nearest even. A PRNG key rounds to one of the two neighbouring values,
             to each with the probability that makes `x` the mean.
+        lowest: The smallest value to use, if not `-format.max`.
 
     Returns:
         Values of `format.dtype`.
     """
     # Saturating first changes no value, since `max` is one; a cast could overflow.
-    x = jnp.clip(x, -format.max, format.max)
+    x = jnp.clip(x, -format.max if lowest is None else lowest, format.max)
     if key is not None:
         x = _round_stochastically(x, format, key)
     elif format.is_integer:

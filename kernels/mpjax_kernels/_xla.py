@@ -1,21 +1,36 @@
 """Products by XLA's own dot of the stored values, with the scales applied afterwards."""
 
-from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from ._contraction import Contraction
-from ._qtensor import QTensor, decode, describe, expand_scale
+from ._groups import grouped_dot, is_grouped
+from ._qtensor import QTensor, describe
+from ._storage import decode, expand_scale, spread
 
 # The dtypes of an array that can be multiplied by the values of a QTensor: each holds all of them.
 _ARRAY_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def xla_dot_general(
+def refusal(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, *_: Any
+) -> str | None:
+    """Why XLA does not multiply these; None if it does."""
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if not isinstance(operand, QTensor) and operand.dtype.name not in _ARRAY_DTYPES:
+            return (
+                f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
+                f"{', '.join(_ARRAY_DTYPES)}"
+            )
+    return overflow(lhs, rhs, contraction)
+
+
+def dot_general(
     lhs: Array | QTensor,
     rhs: Array | QTensor,
     contraction: Contraction,
@@ -24,33 +39,107 @@ def xla_dot_general(
 ) -> Array:
     """Multiplies the values, then the result by the scales: `(lhs @ rhs) * lhs.scale * rhs.scale`.
 
-    Two integer QTensors are summed exactly in int32, two float8 ones in float32, and an array by
-    a QTensor in float32 from the array's dtype. The scales are applied in float32, one after the
-    other, because the product of two small scales can underflow where the result does not.
-
-    Raises:
-        NotImplementedError: If a scale varies along a contracting axis, an integer sum could
-            overflow, or XLA has no product of the two dtypes.
+    Two integer QTensors are summed exactly in int32, two float8 ones in float32, an integer and a
+    float8 one in float32 from bfloat16, which holds the values of both, and an array by a QTensor
+    in float32 from the array's dtype. Scales that vary along a contracting axis multiply the sum
+    of each group, and the groups are added in float32.
     """
-    _require_constant_scale("lhs", lhs, contraction.lhs_contract)
-    _require_constant_scale("rhs", rhs, contraction.rhs_contract)
+    product = partial(scaled_dot, dot=partial(_dot, precision=precision))
+    if is_grouped(lhs, contraction.lhs_contract) or is_grouped(rhs, contraction.rhs_contract):
+        return grouped_dot(lhs, rhs, contraction, product).astype(dtype)
+    return product(lhs, rhs, contraction).astype(dtype)
+
+
+def scaled_dot(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, dot: Any
+) -> Float[Array, "*out"]:
+    """`dot` of the values, times the scales, which are constant along the contracting axes.
+
+    They are applied in float32, one after the other, because the product of two small scales can
+    underflow where the result does not.
+    """
+    result = dot(lhs, rhs, contraction).astype(jnp.float32)
+    if isinstance(lhs, QTensor):
+        result = result * lhs_in_output(expand_scale(lhs), contraction)
+    if isinstance(rhs, QTensor):
+        result = result * rhs_in_output(expand_scale(rhs), contraction)
+    return result
+
+
+def lhs_in_output(x: Shaped[Array, "*lhs"], contraction: Contraction) -> Shaped[Array, "*out"]:
+    """What `x`, of size 1 along the contracting axes of the left operand, is in the output."""
+    c = contraction
+    x = x.transpose(c.lhs_batch + c.lhs_free + c.lhs_contract)
+    kept = x.shape[: len(c.lhs_batch) + len(c.lhs_free)]
+    return x.reshape(kept + (1,) * len(c.rhs_free))
+
+
+def rhs_in_output(x: Shaped[Array, "*rhs"], contraction: Contraction) -> Shaped[Array, "*out"]:
+    """What `x`, of size 1 along the contracting axes of the right operand, is in the output."""
+    c = contraction
+    x = x.transpose(c.rhs_batch + c.rhs_free + c.rhs_contract)
+    batch, free = len(c.rhs_batch), len(c.rhs_free)
+    return x.reshape(x.shape[:batch] + (1,) * len(c.lhs_free) + x.shape[batch : batch + free])
+
+
+def overflow(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> str | None:
+    """Says that a sum of integer products could leave int32, as one of 133145 of int8 could."""
+    largest = 1.0
+    for q in (lhs, rhs):
+        if not isinstance(q, QTensor) or not q.format.is_integer:
+            return None
+        largest *= q.format.max if q.zero_point is None else q.format.max - q.format.lowest
+    most = int((2**31 - 1) // largest)
+    if contraction.terms <= most:
+        return None
+    return f"contracts {contraction.terms} terms: more than {most} can overflow int32"
+
+
+def integer_dot(
+    lhs: QTensor, rhs: QTensor, contraction: Contraction, dot: Any
+) -> Int32[Array, "*out"]:
+    """`(lhs.values - lhs.zero_point) @ (rhs.values - rhs.zero_point)`, exactly.
+
+    By `dot` of the values as they are stored and, where there is a zero point `z`, the sums of
+    the other operand's values: `x @ (w - z) = x @ w - sum(x) * z`.
+    """
+    left, right = lhs.values.astype(jnp.int8), rhs.values.astype(jnp.int8)
+    result = dot(left, right, contraction)
+    left_sum = partial(_sum, left, contraction.lhs_contract, lhs_in_output, contraction)
+    right_sum = partial(_sum, right, contraction.rhs_contract, rhs_in_output, contraction)
+    # Integers wrap around, so the result is right wherever it fits, whatever the parts do.
+    if lhs.zero_point is not None:
+        left_zero = lhs_in_output(_spread_zero(lhs), contraction)
+        result = result - left_zero * right_sum()
+    if rhs.zero_point is not None:
+        right_zero = rhs_in_output(_spread_zero(rhs), contraction)
+        result = result - left_sum() * right_zero
+        if lhs.zero_point is not None:
+            terms = jnp.int32(contraction.terms)
+            result = result + left_zero * right_zero * terms
+    return result
+
+
+def _spread_zero(q: QTensor) -> Int32[Array, "*wide"]:
+    assert q.zero_point is not None
+    return spread(q.zero_point, q.shape).astype(jnp.int32)
+
+
+def _sum(values: Array, axes: tuple[int, ...], in_output: Any, c: Contraction) -> Array:
+    return in_output(jnp.sum(values, axes, dtype=jnp.int32, keepdims=True), c)
+
+
+def _dot(
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+) -> Shaped[Array, "*out"]:
     if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
-        result = _array_dot(lhs, rhs, contraction, precision)
-    elif lhs.format.is_integer and rhs.format.is_integer:
-        result = _integer_dot(lhs, rhs, contraction).astype(jnp.float32)
-    else:
-        result = _float8_dot(lhs, rhs, contraction, precision)
-    for scale in _output_scales(lhs, rhs, contraction):
-        result = result * scale
-    return result.astype(dtype)
-
-
-def _require_constant_scale(name: str, operand: Array | QTensor, contract: tuple[int, ...]) -> None:
-    if isinstance(operand, QTensor) and any(operand.scale.shape[a] != 1 for a in contract):
-        raise NotImplementedError(
-            f"`{name}` has scale {operand.scale.shape}, which varies along contracting axes "
-            f"{contract}: scales can be applied after the dot only if they are constant there"
-        )
+        return _array_dot(lhs, rhs, contraction, precision)
+    if lhs.format.is_integer and rhs.format.is_integer:
+        return integer_dot(lhs, rhs, contraction, _int8_dot)
+    return _float_dot(lhs, rhs, contraction, precision)
 
 
 def _array_dot(
@@ -60,12 +149,7 @@ def _array_dot(
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "*out"]:
     """Weight-only: the values become the array's dtype, without their scale and so exactly."""
-    name, array = ("rhs", rhs) if isinstance(lhs, QTensor) else ("lhs", lhs)
-    if array.dtype.name not in _ARRAY_DTYPES:
-        raise NotImplementedError(
-            f"`{name}` is {describe(array)}: an array beside a QTensor must be one of "
-            f"{', '.join(_ARRAY_DTYPES)}"
-        )
+    array = rhs if isinstance(lhs, QTensor) else lhs
     dtype = jnp.dtype(jnp.float32) if array.dtype == jnp.float64 else array.dtype
     left, right = (
         decode(o, dtype) if isinstance(o, QTensor) else o.astype(dtype) for o in (lhs, rhs)
@@ -75,81 +159,24 @@ def _array_dot(
     )
 
 
-def _float8_dot(
+def _float_dot(
     lhs: QTensor, rhs: QTensor, contraction: Contraction, precision: jax.lax.PrecisionLike
 ) -> Float[Array, "*out"]:
+    # No hardware multiplies float8 by int8, nor one of the fnuz formats by another.
     names = lhs.format.name, rhs.format.name
-    if lhs.format.is_integer or rhs.format.is_integer:
-        raise NotImplementedError(f"`lhs` is {names[0]} and `rhs` {names[1]}: no common product")
-    if names[0].endswith("fnuz") != names[1].endswith("fnuz"):
-        raise NotImplementedError(
-            f"`lhs` is {names[0]} and `rhs` {names[1]}: no hardware multiplies one of the fnuz "
-            "formats by another"
-        )
-    # At the default precision XLA:GPU may accumulate float8 in less than float32.
-    precision = jax.lax.Precision.HIGHEST if precision is None else precision
-    return jax.lax.dot_general(
-        lhs.values,
-        rhs.values,
-        contraction.dimension_numbers,
-        precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _output_scales(
-    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
-) -> list[Float[Array, "*out"]]:
-    """The scales laid out as the output is: batch, left free, right free axes."""
-    c, scales = contraction, []
-    batch, rows, columns = len(c.lhs_batch), len(c.lhs_free), len(c.rhs_free)
-    if isinstance(lhs, QTensor):
-        scale = expand_scale(lhs).transpose(c.lhs_batch + c.lhs_free + c.lhs_contract)
-        scales.append(scale.reshape(scale.shape[: batch + rows] + (1,) * columns))
-    if isinstance(rhs, QTensor):
-        scale = expand_scale(rhs).transpose(c.rhs_batch + c.rhs_free + c.rhs_contract)
-        free = scale.shape[batch : batch + columns]
-        scales.append(scale.reshape(scale.shape[:batch] + (1,) * rows + free))
-    return scales
-
-
-def _integer_dot(left: QTensor, right: QTensor, contraction: Contraction) -> Int32[Array, "*out"]:
-    limit = int((2**31 - 1) // (left.format.max * right.format.max))  # 133144 for int8 by int8
-    if contraction.terms > limit:
-        raise NotImplementedError(
-            f"contracts {contraction.terms} terms: more than {limit} can overflow int32"
-        )
-    lhs, rhs = left.values.astype(jnp.int8), right.values.astype(jnp.int8)
-    dot = partial(
-        jax.lax.dot_general,
-        dimension_numbers=contraction.dimension_numbers,
-        preferred_element_type=jnp.int32,
-    )
-    if 1 not in (contraction.rows, contraction.columns):
-        return dot(lhs, rhs)
-    # XLA:CPU has a fast int8 matrix product but no fast matrix-vector product. A 4096 x 4096
-    # weight times one row, on two cores of an AVX-512 CPU: 35 ms; times that row twice: 7 ms
-    # (JAX 0.10) and 2.4 ms (JAX 0.12), or 1.3 ms with the weight stored [N, K].
-    double = partial(_doubled_dot, contraction=contraction)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=double, default=dot)
-
-
-def _doubled_dot(
-    lhs: Int8[Array, "*lhs"], rhs: Int8[Array, "*rhs"], contraction: Contraction
-) -> Int32[Array, "*out"]:
-    """The same dot with the operand that is a single vector given twice, and half dropped."""
-    c = contraction
-    new_axis = len(c.lhs_batch)  # of the output: where the repeated operand's free axes begin
-    if c.rows == 1:
-        lhs = jnp.broadcast_to(lhs, (2, *lhs.shape))
-        c = replace(c, lhs_contract=_next(c.lhs_contract), lhs_batch=_next(c.lhs_batch))
+    mixed = lhs.format.is_integer or rhs.format.is_integer
+    if mixed or names[0].endswith("fnuz") != names[1].endswith("fnuz"):
+        left, right = decode(lhs, jnp.bfloat16), decode(rhs, jnp.bfloat16)
     else:
-        rhs = jnp.broadcast_to(rhs, (2, *rhs.shape))
-        new_axis += len(c.lhs_free)
-        c = replace(c, rhs_contract=_next(c.rhs_contract), rhs_batch=_next(c.rhs_batch))
-    both = jax.lax.dot_general(lhs, rhs, c.dimension_numbers, preferred_element_type=jnp.int32)
-    return jax.lax.index_in_dim(both, 0, new_axis, keepdims=False)
+        left, right = lhs.values, rhs.values
+        # At the default precision XLA:GPU may accumulate float8 in less than float32.
+        precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    return jax.lax.dot_general(
+        left, right, contraction.dimension_numbers, precision, preferred_element_type=jnp.float32
+    )
 
 
-def _next(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a + 1 for a in axes)
+def _int8_dot(lhs: Array, rhs: Array, contraction: Contraction) -> Int32[Array, "*out"]:
+    return jax.lax.dot_general(
+        lhs, rhs, contraction.dimension_numbers, preferred_element_type=jnp.int32
+    )
