@@ -56,7 +56,8 @@ def run(
     shared = {"benchmark": name, "caches": "cold" if options.cold else "warm"}
     screen, rows = console(), []
     screen.print(machine_line(machine, bounds))
-    written = Rows(name + ("_cold" if options.cold else ""), output_folder(options))
+    whole = options.cases is None and options.peers is None
+    written = Rows(name + ("_cold" if options.cold else ""), output_folder(options, whole))
     for case in selected.values():
         row = hold(
             contest(case),
@@ -87,12 +88,9 @@ class Rows:
                 file.write(json.dumps(row) + "\n")
 
 
-def output_folder(options: argparse.Namespace) -> Path | None:
-    """Where the rows go: what --output says, else the committed results if everything was run."""
-    partly = options.quick or any(
-        getattr(options, choice, None) is not None for choice in ("cases", "peers", "api")
-    )
-    return options.output or (None if partly else RESULTS)
+def output_folder(options: argparse.Namespace, whole: bool) -> Path | None:
+    """Where the rows go: what --output says, else the committed results if this run is complete."""
+    return options.output or (RESULTS if whole and not options.quick else None)
 
 
 def _selected(cases: dict[str, Any], parts: Sequence[str] | None) -> dict[str, Any]:

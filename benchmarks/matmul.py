@@ -107,8 +107,9 @@ def contest(case: Case, names: list[str] | None = None) -> Contest:
 
 
 def ours(fmt: Format, x: np.ndarray, w: np.ndarray) -> Program:
-    """`mk.matmul` as a layer calls it."""
+    """`mk.matmul` as a layer calls it, its weights stored once, as [N, K], for every M."""
     weights = mk.quantize(jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size)
+    weights = mk.contiguous(weights, axis=0)
 
     def product(x: jax.Array, w: mk.QTensor) -> jax.Array:
         return mk.matmul(mk.quantize(x, fmt.activations, axis=1) if fmt.activations else x, w)
