@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from _contest import Contest, hold
 from _machine import cache_eviction, environment, limits
 from _table import case_table, console, machine_line, summary
@@ -51,6 +53,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measures the machine, then case after case; prints each, writes each, returns the rows."""
     selected = _selected(quick_cases if options.quick else cases, options.cases)
+    jax.config.update("jax_enable_compilation_cache", False)
     machine = environment()
     bounds = limits(megabytes=32, size=512) if options.quick else limits()
     shared = {"benchmark": name, "caches": "cold" if options.cold else "warm"}
@@ -67,14 +70,15 @@ def run(
         )
         rows.append(shared | row | {"machine": machine, "limits": bounds})
         written.add(rows[-1])
-        screen.print(case_table(row), end="\n\n")
+        screen.print(case_table(row))
+        screen.print()
     for line in summary(rows):
         screen.print(line)
     return rows
 
 
 class Rows:
-    """A file of JSON lines, each there as soon as it is known; no file if the folder is None."""
+    """A file of JSON lines, each written as soon as it is known; no file if the folder is None."""
 
     def __init__(self, name: str, folder: Path | None):
         self.path = None if folder is None else folder / f"{name}.jsonl"
