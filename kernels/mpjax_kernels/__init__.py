@@ -1,5 +1,7 @@
 """Quantized arrays and the products between them: arrays in, arrays out, JAX only."""
 
+from ._dot_formats import DotFormats as DotFormats
+from ._dot_formats import OperandFormat as OperandFormat
 from ._dot_general import dot_general as dot_general
 from ._einsum import contracting_axes as contracting_axes
 from ._einsum import einsum as einsum
@@ -16,4 +18,6 @@ from ._qtensor import QTensor as QTensor
 from ._qtensor import validate as validate
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
+from ._quantized_dot import DotScales as DotScales
+from ._quantized_dot import quantized_dot_general as quantized_dot_general
 from ._storage import contiguous as contiguous

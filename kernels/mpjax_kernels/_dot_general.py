@@ -88,7 +88,7 @@ def dot_general(
         return jax.lax.dot_general(
             left, right, axes.dimension_numbers, precision, preferred_element_type
         )
-    dtype = _result_dtype(left, right, preferred_element_type)
+    dtype = result_dtype(left, right, preferred_element_type)
     product = partial(
         multiply, axes=axes, precision=precision, dtype=dtype, implementation=implementation
     )
@@ -154,9 +154,14 @@ def _operand(operand: Array | QTensor) -> Array | QTensor:
     return jnp.asarray(operand)
 
 
-def _result_dtype(
+def result_dtype(
     lhs: Array | QTensor, rhs: Array | QTensor, preferred: DTypeLike | None
 ) -> np.dtype:
+    """The dtype of a product with a QTensor.
+
+    Raises:
+        TypeError: If it is not floating.
+    """
     dtype = jnp.result_type(lhs.dtype, rhs.dtype) if preferred is None else jnp.dtype(preferred)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")

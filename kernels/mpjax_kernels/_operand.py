@@ -1,0 +1,86 @@
+"""An operand of a differentiable product: quantized as its `OperandFormat` says."""
+
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, UInt8
+
+from ._dot_formats import OperandFormat
+from ._granularity import granularity_of
+from ._qtensor import QTensor
+from ._quantize import known_scale, quantize
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The part that the axes of an operand play in a product."""
+
+    contract: tuple[int, ...]
+    free: tuple[int, ...]
+
+
+def quantize_operand(
+    x: Float[Array, "*shape"],
+    how: OperandFormat | None,
+    axes: Axes,
+    scale: Float[Array, "..."] | None,
+    key: Array | None,
+) -> Array | QTensor:
+    """Quantizes by the scale given, or one from the amax of each part that shares it.
+
+    An operand without a format stays as it is.
+
+    Raises:
+        ValueError: If a block does not divide an axis, or the shape of `scale` does not fit.
+    """
+    if how is None:
+        return x
+    key = key if how.stochastic else None
+    if scale is not None:
+        return quantize(x, how.format, scale=scale, key=key)
+    if how.granularity == "tensor":
+        return quantize(x, how.format, key=key)
+    if how.granularity == "channel":
+        return quantize(x, how.format, axis=axes.contract, key=key)
+    sizes = zip((axes.free[-1:], axes.contract[-1:]), how.granularity, strict=True)
+    blocks = {a: size for axis, size in sizes for a in axis if size > 1}
+    groups = tuple(blocks.values()) if blocks else None
+    return quantize(x, how.format, axis=tuple(blocks), group_size=groups, key=key)
+
+
+def amax_of(
+    x: Float[Array, "*shape"], scale: Float[Array, "..."] | None, q: Array | QTensor
+) -> Float[Array, "..."] | None:
+    """The largest `|x|` of each part that shares a scale, or None if `x` was not quantized.
+
+    It has the shape of `scale`, the one that was given, or of the one that was found.
+    """
+    if not isinstance(q, QTensor):
+        return None
+    like = q.scale if scale is None else known_scale(scale, x.shape)
+    blocks = granularity_of(x.shape, like.shape)
+    split = jnp.abs(x.astype(jnp.float32).reshape(blocks.split))
+    amax = jnp.max(split, axis=blocks.reduced, initial=0.0)
+    return amax.reshape(like.shape if scale is None else jnp.shape(scale))
+
+
+def pack_unclipped(x: Float[Array, "*shape"], q: QTensor) -> UInt8[Array, " bytes"]:
+    """One bit per entry: whether it was within the range of the scale."""
+    blocks = granularity_of(x.shape, q.scale.shape)
+    split = jnp.abs(x.astype(jnp.float32).reshape(blocks.split))
+    shape = [1 if a in blocks.reduced else size for a, size in enumerate(blocks.split)]
+    within = split <= q.format.max * q.scale.reshape(shape)
+    return jnp.packbits(within.reshape(-1))
+
+
+def unpack_unclipped(bits: UInt8[Array, " bytes"], shape: tuple[int, ...]) -> Bool[Array, "*shape"]:
+    """The entries that `pack_unclipped` saw within range."""
+    return jnp.unpackbits(bits, count=prod(shape)).reshape(shape).astype(jnp.bool_)
+
+
+def name_saved(tree, name: str):
+    """Names what a pass saves, so that a policy of `jax.checkpoint` can keep it."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)
