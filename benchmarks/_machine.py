@@ -18,11 +18,12 @@ MEGABYTES = 256  # more than a cache holds
 
 
 def environment() -> dict[str, Any]:
-    """The hardware and the versions that every row of a run shares."""
+    """The hardware, the versions and how busy others kept it: what every row of a run shares."""
     return {
         "backend": jax.default_backend(),
         "device": _processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "cores": cores(),
+        "load": round(os.getloadavg()[0], 2),  # of the minute before; 0 is an idle machine
         "python": platform.python_version(),
         "jax": version("jax"),
         "jaxlib": version("jaxlib"),

@@ -30,8 +30,9 @@ def machine_line(environment: dict[str, Any], limits: dict[str, float]) -> str:
     """One line: the hardware, the versions and the measured limits."""
     cores = f"{environment['cores']} cores" if environment["backend"] == "cpu" else "one device"
     return (
-        f"{environment['device']}, {cores}, Python {environment['python']}, JAX "
-        f"{environment['jax']}. Measured limits: {limits['read_gb_per_s']} GB/s read, "
+        f"{environment['device']}, {cores}, load {environment['load']} before, Python "
+        f"{environment['python']}, JAX {environment['jax']}. Measured limits: "
+        f"{limits['read_gb_per_s']} GB/s read, "
         f"{limits['copy_gb_per_s']} GB/s copied, {limits['float32_gops']} Gop/s in float32, "
         f"{limits['int8_gops']} in int8 (both by XLA)."
     )
