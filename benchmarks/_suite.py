@@ -24,7 +24,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--output",
         type=Path,
-        help="folder for the JSON rows (default: benchmarks/results for all cases, else none)",
+        help="folder for the JSON rows (default: benchmarks/results without other options, or none)",
     )
     return arguments
 
@@ -94,7 +94,8 @@ class Rows:
 
 def output_folder(options: argparse.Namespace, whole: bool) -> Path | None:
     """Where the rows go: what --output says, else the committed results if this run is complete."""
-    return options.output or (RESULTS if whole and not options.quick else None)
+    complete = whole and not options.quick and options.rounds is None
+    return options.output or (RESULTS if complete else None)
 
 
 def _selected(cases: dict[str, Any], parts: Sequence[str] | None) -> dict[str, Any]:

@@ -190,9 +190,12 @@ def test_the_table_marks_what_is_missed_slower_or_cannot_run(module, capsys):
 def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     suite = module("_suite")
     arguments = suite.suite_parser(module(script).__doc__, ["a case"], module(script).NAMES)
-    complete, quick = (arguments.parse_args(flags) for flags in ([], ["--quick"]))
+    complete, quick, short = (
+        arguments.parse_args(flags) for flags in ([], ["--quick"], ["--rounds", "2"])
+    )
     assert suite.output_folder(complete, whole=True) == BENCHMARKS / "results"
     assert suite.output_folder(complete, whole=False) is None
     assert suite.output_folder(quick, whole=True) is None
+    assert suite.output_folder(short, whole=True) is None
     elsewhere = arguments.parse_args(["--quick", "--output", "elsewhere"])
     assert suite.output_folder(elsewhere, whole=False) == Path("elsewhere")
