@@ -24,7 +24,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--output",
         type=Path,
-        help="folder for the JSON rows (default: benchmarks/results without other options, or none)",
+        help="folder for the JSON rows (default: benchmarks/results if the run is complete)",
     )
     return arguments
 
