@@ -41,7 +41,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/dev.stamp
+bench: .venv/bench.stamp
 	@for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
