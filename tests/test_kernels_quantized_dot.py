@@ -138,7 +138,7 @@ def test_the_gradient_of_a_gated_mlp_is_nine_int8_products():
     function, operands = gated_mlp_gradient(INT8)
     assert operand_dtypes(function, operands) == [("int8", "int8", "int32")] * 9
     program = jax.jit(function).lower(*operands).compile().as_text()
-    dots = [line for line in program.splitlines() if " dot(" in line]
+    dots = [line for line in str(program).splitlines() if " dot(" in line]
     assert len(dots) == 9 and all(" = s32[" in line for line in dots)
     # One product left in high precision is seen: the check can fail.
     function, operands = gated_mlp_gradient(mk.DotFormats(INT8.out, INT8.dlhs, (None, None)))
