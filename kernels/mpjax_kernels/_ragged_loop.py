@@ -21,7 +21,12 @@ from ._implementation import Operand
 from ._qtensor import QTensor, in_order
 from ._reference import dot_general as reference_dot_general
 
-_FAST = tuple(name for name in IMPLEMENTATIONS if name != "reference")
+# Those of dot_general that run on CPUs, but for its reference.
+_FAST = tuple(
+    name
+    for name, each in IMPLEMENTATIONS.items()
+    if name != "reference" and (not each.platforms or "cpu" in each.platforms)
+)
 
 
 def refusal(lhs: Operand, rhs: Operand, sizes: Array, *_: Any) -> str | None:
