@@ -66,6 +66,11 @@ def test_the_result_dtype_is_asked_for_or_follows_the_logical_dtypes(implementat
         mk.matmul(q, r, preferred_element_type=jnp.int32)
 
 
+def test_an_empty_contracting_axis_with_a_scale_per_entry():
+    q, r = mk.quantize(jnp.ones((3, 0)), axis=0), mk.quantize(jnp.ones((0, 2)), axis=1)
+    np.testing.assert_array_equal(mk.matmul(q, r), np.zeros((3, 2)))
+
+
 def test_per_group_scales_on_a_free_axis_are_applied_after_the_dot():
     r = mk.QTensor(jnp.ones((3, 4), jnp.int8), jnp.float32([[2, 3]]), np.dtype("float32"))
     q = mk.quantize(jnp.full((2, 3), 127.0), axis=1)

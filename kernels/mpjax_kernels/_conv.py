@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from . import _conv_cpu, _conv_reference, _conv_xla
+from ._arguments import as_operand, result_dtype
 from ._convolution import Convolution, Padding, convolution
-from ._derivative import without_derivative
-from ._dot_general import _linear, _operand, result_dtype
+from ._derivative import linear_in_array, without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
 from ._layout import stored_axes
 from ._qtensor import QTensor
@@ -91,7 +91,7 @@ def conv_general_dilated(
             is differentiable in the array.
     """
     check_names(IMPLEMENTATIONS, implementation)
-    left, right = _operand(lhs), _operand(rhs)
+    left, right = as_operand(lhs), as_operand(rhs)
     window = convolution(
         left.shape,
         right.shape,
@@ -111,7 +111,7 @@ def conv_general_dilated(
         product = partial(product, implementation=implementation)
         return without_derivative(product, _NO_DERIVATIVE)(left, right)
     named = partial(product, implementation=implementation)
-    return _linear(named, named)(left, right)
+    return linear_in_array(named, named)(left, right)
 
 
 def _convolve(

@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from ._convolution import Convolution
 from ._implementation import Operand
-from ._reference import _float32, refusal
+from ._reference import in_float32, refusal
 
 __all__ = ["conv", "refusal"]
 
@@ -22,4 +22,4 @@ def conv(
     """Dequantizes to float32, convolves in full float32, casts to `dtype`. Takes everything."""
     del precision  # this is the highest there is
     highest = jax.lax.Precision.HIGHEST
-    return window(_float32(lhs), _float32(rhs), highest, jnp.float32).astype(dtype)
+    return window(in_float32(lhs), in_float32(rhs), highest, jnp.float32).astype(dtype)

@@ -13,16 +13,16 @@ from ._implementation import Operand
 from ._multiplicands import is_integer_pair, multiplicands, zero_point_refusal
 from ._qtensor import QTensor, describe
 from ._storage import expand_scale
-from ._xla import _ARRAY_DTYPES
+from ._xla import ARRAY_DTYPES
 
 
 def refusal(lhs: Operand, rhs: Operand, window: Convolution, *_: Any) -> str | None:
     """Why XLA does not convolve these; None if it does."""
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
-        if not isinstance(operand, QTensor) and operand.dtype.name not in _ARRAY_DTYPES:
+        if not isinstance(operand, QTensor) and operand.dtype.name not in ARRAY_DTYPES:
             return (
                 f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
-                f"{', '.join(_ARRAY_DTYPES)}"
+                f"{', '.join(ARRAY_DTYPES)}"
             )
     per_image = window.axes.lhs_spec[0] if window.batch_group_count == 1 else None
     return (

@@ -6,16 +6,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from . import _gpu, _reference, _tpu, _xla
+from ._arguments import as_operand, refuse_integer_result, result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
-from ._derivative import without_derivative
+from ._derivative import linear_in_array, without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
 from ._layout import stored_axes
-from ._qtensor import QTensor, describe, validate
+from ._qtensor import QTensor
 from ._storage import as_stored
 
 # In the order they are tried when none is named. The last one takes everything. XLA comes before
@@ -86,10 +86,10 @@ def dot_general(
             and a QTensor is differentiable in the array, by `"xla"` or `"reference"`.
     """
     check_names(IMPLEMENTATIONS, implementation)
-    left, right = _operand(lhs), _operand(rhs)
+    left, right = as_operand(lhs), as_operand(rhs)
     axes = contraction(left.shape, right.shape, dimension_numbers)
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
-        _refuse_integer_result(left, right, preferred_element_type)
+        refuse_integer_result(left, right, preferred_element_type)
         return jax.lax.dot_general(
             left, right, axes.dimension_numbers, precision, preferred_element_type
         )
@@ -99,7 +99,7 @@ def dot_general(
     )
     if isinstance(left, QTensor) and isinstance(right, QTensor):
         return without_derivative(product, _NO_DERIVATIVE)(left, right)
-    return _linear(product, partial(product, implementation=_LINEAR))(left, right)
+    return linear_in_array(product, partial(product, implementation=_LINEAR))(left, right)
 
 
 def multiply(
@@ -125,60 +125,3 @@ def multiply(
     right = [batch + rows + right.index(a) for a in axes.rhs_free]
     order = [*range(batch), *left, *right]
     return result if order == sorted(order) else jnp.transpose(result, order)
-
-
-def _linear(product, linear_product):
-    """`product` of an array and a QTensor, whose derivative in the array is `linear_product`'s."""
-    guarded = jax.custom_jvp(product)
-
-    def rule(primals: tuple, tangents: tuple):
-        primals = tuple(primals)
-        moving = []
-        for primal, tangent in zip(primals, tangents, strict=True):
-            parts = jax.tree.leaves(tangent, is_leaf=lambda t: isinstance(t, SymbolicZero))
-            moves = not all(isinstance(part, SymbolicZero) for part in parts)
-            if moves and isinstance(primal, QTensor):
-                raise NotImplementedError(_NO_DERIVATIVE_OF_QTENSOR)
-            moving.append(tangent if moves else primal)
-        out = product(*primals)
-        return out, linear_product(*moving)
-
-    guarded.defjvp(rule, symbolic_zeros=True)
-    return guarded
-
-
-_NO_DERIVATIVE_OF_QTENSOR = (
-    "the values of a QTensor have no derivative, nor has its scale: they come from rounding, which "
-    "is flat. Differentiate the model before it is quantized, or with respect to other arguments"
-)
-
-
-def _operand(operand: Array | QTensor) -> Array | QTensor:
-    if isinstance(operand, QTensor):
-        validate(operand)
-        return operand
-    return jnp.asarray(operand)
-
-
-def result_dtype(
-    lhs: Array | QTensor, rhs: Array | QTensor, preferred: DTypeLike | None
-) -> np.dtype:
-    """The dtype of a product with a QTensor.
-
-    Raises:
-        TypeError: If it is not floating.
-    """
-    dtype = jnp.result_type(lhs.dtype, rhs.dtype) if preferred is None else jnp.dtype(preferred)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")
-    return dtype
-
-
-def _refuse_integer_result(lhs: Array, rhs: Array, preferred: DTypeLike | None) -> None:
-    # Such a product aborts the TPU compiler, and with it the process.
-    floating = [jnp.issubdtype(dtype, jnp.floating) for dtype in (lhs.dtype, rhs.dtype)]
-    if preferred is not None and any(floating) and jnp.issubdtype(preferred, jnp.integer):
-        raise TypeError(
-            f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: "
-            f"their product has a floating dtype, not {jnp.dtype(preferred)}"
-        )

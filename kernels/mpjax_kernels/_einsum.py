@@ -12,7 +12,8 @@ import opt_einsum
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._dot_general import IMPLEMENTATIONS, _refuse_integer_result, dot_general
+from ._arguments import refuse_integer_result
+from ._dot_general import IMPLEMENTATIONS, dot_general
 from ._equation import Equation, interleaved, label_sizes, parse
 from ._implementation import check_names
 from ._labelled import Labelled, diagonal, drop_broadcast, sum_axes
@@ -109,7 +110,7 @@ def _plain(
     preferred: DTypeLike | None,
 ) -> Array:
     for lhs, rhs in itertools.combinations(arrays, 2):
-        _refuse_integer_result(lhs, rhs, preferred)
+        refuse_integer_result(lhs, rhs, preferred)
     text = ",".join(equation.inputs) + "->" + equation.output
     path: Any = optimize
     return jnp.einsum(

@@ -26,9 +26,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ._arguments import result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._dot_formats import DotFormats, Resolved
-from ._dot_general import IMPLEMENTATIONS, multiply, result_dtype
+from ._dot_general import IMPLEMENTATIONS, multiply
 from ._implementation import Operand, check_names
 from ._operand import (
     Axes,

@@ -10,10 +10,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from . import _tpu
+from ._arguments import result_dtype
 from ._contraction import Contraction, contraction
 from ._derivative import without_derivative
 from ._dot_general import IMPLEMENTATIONS as PRODUCTS
-from ._dot_general import result_dtype
 from ._formats import Format, get_format
 from ._implementation import Implementation, choose
 from ._layout import stored_axes

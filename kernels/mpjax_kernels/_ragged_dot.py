@@ -10,8 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from . import _ragged_loop, _ragged_xla
-from ._derivative import without_derivative
-from ._dot_general import _linear, _operand, _refuse_integer_result, result_dtype
+from ._arguments import as_operand, refuse_integer_result, result_dtype
+from ._derivative import linear_in_array, without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
 from ._qtensor import QTensor, describe
 
@@ -78,10 +78,10 @@ def ragged_dot(
             differentiable in the array.
     """
     check_names(IMPLEMENTATIONS, implementation)
-    left, right, sizes = _operand(lhs), _operand(rhs), jnp.asarray(group_sizes)
+    left, right, sizes = as_operand(lhs), as_operand(rhs), jnp.asarray(group_sizes)
     _check(left, right, sizes)
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
-        _refuse_integer_result(left, right, preferred_element_type)
+        refuse_integer_result(left, right, preferred_element_type)
         return jax.lax.ragged_dot(left, right, sizes, precision, preferred_element_type)
     dtype = result_dtype(left, right, preferred_element_type)
     if 0 in (*left.shape, *right.shape):
@@ -91,7 +91,7 @@ def ragged_dot(
     named = partial(product, implementation=implementation)
     if isinstance(left, QTensor) and isinstance(right, QTensor):
         return without_derivative(named, _NO_DERIVATIVE)(left, right, sizes)
-    return _linear(named, partial(product, implementation=_LINEAR))(left, right, sizes)
+    return linear_in_array(named, partial(product, implementation=_LINEAR))(left, right, sizes)
 
 
 def _multiply(

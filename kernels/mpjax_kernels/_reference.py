@@ -26,8 +26,8 @@ def dot_general(
     """Dequantizes to float32, multiplies in full float32, casts to `dtype`. Takes everything."""
     del precision  # this is the highest there is
     result = jax.lax.dot_general(
-        _float32(lhs),
-        _float32(rhs),
+        in_float32(lhs),
+        in_float32(rhs),
         contraction.dimension_numbers,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
@@ -35,7 +35,7 @@ def dot_general(
     return result.astype(dtype)
 
 
-def _float32(operand: Array | QTensor) -> Array:
+def in_float32(operand: Array | QTensor) -> Array:
     if isinstance(operand, QTensor):
         return dequantize(operand, jnp.float32)
     return operand.astype(jnp.float32)

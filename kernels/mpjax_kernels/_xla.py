@@ -14,7 +14,7 @@ from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale, spread
 
 # The dtypes of an array that can be multiplied by the values of a QTensor: each holds all of them.
-_ARRAY_DTYPES = ("float16", "bfloat16", "float32", "float64")
+ARRAY_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def refusal(
@@ -22,10 +22,10 @@ def refusal(
 ) -> str | None:
     """Why XLA does not multiply these; None if it does."""
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
-        if not isinstance(operand, QTensor) and operand.dtype.name not in _ARRAY_DTYPES:
+        if not isinstance(operand, QTensor) and operand.dtype.name not in ARRAY_DTYPES:
             return (
                 f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
-                f"{', '.join(_ARRAY_DTYPES)}"
+                f"{', '.join(ARRAY_DTYPES)}"
             )
     return overflow(lhs, rhs, contraction)
 
@@ -44,6 +44,8 @@ def dot_general(
     in float32 from the array's dtype. Scales that vary along a contracting axis multiply the sum
     of each group, and the groups are added in float32.
     """
+    if contraction.terms == 0:
+        return jnp.zeros(contraction.result_shape, dtype)
     product = partial(scaled_dot, dot=partial(_dot, precision=precision))
     if is_grouped(lhs, contraction.lhs_contract) or is_grouped(rhs, contraction.rhs_contract):
         return grouped_dot(lhs, rhs, contraction, product).astype(dtype)
