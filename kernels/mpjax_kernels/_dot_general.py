@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _reference, _xla
+from . import _cpu, _reference, _xla
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
@@ -20,6 +20,7 @@ from ._storage import as_stored
 
 # In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
+    "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
     "reference": Implementation(_reference.refusal, _reference.dot_general),
 }
