@@ -16,9 +16,9 @@ from jaxtyping import Array, Shaped
 from ._cpu_matrices import Matrices
 from ._float8_bits import from_bits
 
-# The numbers in a block: 1 MiB of bfloat16. Where there are many rows the blocks are read many
-# times over, and larger ones are better.
-_FEW_ROWS, _BLOCK, _LARGE_BLOCK = 128, 2**19, 2**22
+# The bytes of a decoded block. Where there are many rows the product takes most of the time, and
+# it is faster with larger blocks.
+_FEW_ROWS, _BLOCK, _LARGE_BLOCK = 128, 2**20, 2**23
 
 
 def blocked_dot(
@@ -38,7 +38,7 @@ def blocked_dot(
     rows = few.shape[1]
     if rows == 1 and few.dtype != jnp.float32:
         few = jnp.repeat(few, 2, axis=1)  # XLA has no fast product of a single 8- or 16-bit row
-    size = _block_size(many, rows)
+    size = _block_size(many, rows, few.dtype)
     read = partial(_read, many, size=size, dtype=few.dtype, scaled=scaled)
     step = _by_columns if many.terms_last else _by_terms
     count = -(-many.values.shape[1] // size)
@@ -68,10 +68,11 @@ def _dot(left: Array, right: Array, contract: tuple[int, int], dtype: DTypeLike)
     return jax.lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
-def _block_size(many: Matrices, rows: int) -> int:
+def _block_size(many: Matrices, rows: int, dtype: np.dtype) -> int:
     """How much of axis 1 to decode at once."""
     _, length, width = many.values.shape
-    wanted = max(1, (_BLOCK if rows <= _FEW_ROWS else _LARGE_BLOCK) // width)
+    most = _BLOCK if rows <= _FEW_ROWS else _LARGE_BLOCK
+    wanted = max(1, most // (width * dtype.itemsize))
     if length <= wanted or many.terms_last:
         return min(length, wanted)  # the last block overlaps the one before
     # Terms are added up, so blocks must not overlap, nor cut a group that has one scale.
@@ -84,15 +85,14 @@ def _read(
     many: Matrices, b: Array, start: Array, size: int, dtype: DTypeLike, scaled: bool
 ) -> Array:
     """One block in `dtype`: the values, less the zero points, times the scales."""
-    values = many.values
-    if many.format is not None and not many.format.is_integer:
-        # XLA:CPU has no dynamic slice of float8 and would convert all of it to float16 before the
-        # loop, or copy the bits of all of it if it could take the bitcast out of the loop.
-        values, start = jax.lax.optimization_barrier((values, start))
+    # XLA:CPU has no dynamic slice of float8, nor much of int4, and would widen all of the operand
+    # before the loop, or copy its bits if it could take the bitcast out of the loop.
+    values, start = jax.lax.optimization_barrier((many.values, start))
+    if many.format is None or many.format.is_integer:
+        block = _at(values, b, start, size).astype(dtype)
+    else:
         bits = jax.lax.bitcast_convert_type(values, jnp.int8)
         block = from_bits(_at(bits, b, start, size), many.format, dtype)
-    else:
-        block = _at(values, b, start, size).astype(dtype)
     if many.zero_point is not None:
         block, zero_point = _in_groups(many, block, many.zero_point, b, start)
         block = (block - zero_point.astype(dtype)).reshape(size, -1)
