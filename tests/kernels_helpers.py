@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import mpjax_kernels as mk
+from mpjax_kernels._dot_general import IMPLEMENTATIONS
 
 U = 2.0**-24  # float32 rounds with a relative error of at most U
+
+
+# The implementations of dot_general that run on a CPU.
+HERE = [name for name, i in IMPLEMENTATIONS.items() if not i.platforms or "cpu" in i.platforms]
 
 
 def normal(*shape: int) -> jax.Array:
@@ -22,7 +27,7 @@ def quantize_both(x, w, x_axis=None, w_axis=None) -> tuple[mk.QTensor, mk.QTenso
 
 
 # One compiled program instead of one per operation: eager dispatch is slow on a cold cache.
-quantize = jax.jit(mk.quantize, static_argnames=("format", "axis", "group_size"))
+quantize = jax.jit(mk.quantize, static_argnames=("format", "axis", "group_size", "symmetric"))
 matmul = jax.jit(mk.matmul, static_argnames=("implementation", "preferred_element_type"))
 
 

@@ -1,6 +1,6 @@
 """The public product: one contract, several implementations of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _cpu, _reference, _xla
+from . import _cpu, _gpu, _reference, _xla
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
@@ -21,6 +21,7 @@ from ._storage import as_stored
 # In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
     "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
+    "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
     "reference": Implementation(_reference.refusal, _reference.dot_general),
 }
@@ -105,6 +106,7 @@ def multiply(
     precision: jax.lax.PrecisionLike,
     dtype: np.dtype,
     implementation: str | Sequence[str] | None,
+    table: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> Array:
     """The product of valid operands, one of them a QTensor, with no rule for its derivative."""
     orders = tuple(
@@ -112,7 +114,7 @@ def multiply(
     )
     stored = axes.reordered(*orders)
     operands = tuple(as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
-    result = choose(IMPLEMENTATIONS, implementation, operands, stored, precision, dtype)
+    result = choose(table, implementation, operands, stored, precision, dtype)
     # The free axes come in the order in which they are stored; put them in that of the operands.
     batch, rows = len(axes.lhs_batch), len(axes.lhs_free)
     left = [batch + [orders[0][a] for a in stored.lhs_free].index(a) for a in axes.lhs_free]
