@@ -27,7 +27,6 @@ from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale
 
 _DIGIT_ROWS = 4  # three digits of more rows than this take longer than decoding the weight
-_SMALL = 2**16  # numbers: what XLA decodes as a whole in no time
 
 
 def refusal(
@@ -47,8 +46,6 @@ def refusal(
     larger = lhs if c.columns < c.rows else rhs
     if not isinstance(larger, QTensor):
         return f"the larger operand is {describe(larger)}: XLA decodes the smaller one as fast"
-    if larger.size <= _SMALL:
-        return f"the larger operand is {describe(larger)}: XLA decodes a small one as fast"
     return None
 
 

@@ -19,6 +19,7 @@ from ._float8_bits import from_bits
 # The bytes of a decoded block. Where there are many rows the product takes most of the time, and
 # it is faster with larger blocks.
 _FEW_ROWS, _BLOCK, _LARGE_BLOCK = 128, 2**20, 2**23
+_LEAST = 8  # a block has at least this part of them, or is larger
 
 
 def blocked_dot(
@@ -75,10 +76,12 @@ def _block_size(many: Matrices, rows: int, dtype: np.dtype) -> int:
     wanted = max(1, most // (width * dtype.itemsize))
     if length <= wanted or many.terms_last:
         return min(length, wanted)  # the last block overlaps the one before
-    # Terms are added up, so blocks must not overlap, nor cut a group that has one scale.
+    # Terms are added up, so blocks must not overlap, nor hold a part of a group beside another.
     group = 1 if many.scale is None or many.scale.shape[1] == 1 else length // many.scale.shape[1]
-    sizes = [n for n in range(group, length + 1, group) if length % n == 0]
-    return max((n for n in sizes if n <= wanted), default=sizes[0])
+    sizes = [n for n in range(1, length + 1) if length % n == 0 and 0 in (n % group, group % n)]
+    best = max(n for n in sizes if n <= wanted)
+    # A prime number of terms, say, is better decoded at once than one by one.
+    return best if best * _LEAST >= wanted else min(n for n in sizes if n > wanted)
 
 
 def _read(
@@ -113,9 +116,9 @@ def _in_groups(
     groups = scales.shape[1]
     if groups == 1:
         return block[None], _at(scales, b, 0, 1)[None]
-    group = many.terms // groups
-    part = _at(scales, b, start // group, size // group)
-    return block.reshape(size // group, group, width), part[:, None]
+    group, count = many.terms // groups, max(1, size * groups // many.terms)
+    part = _at(scales, b, start // group, count)
+    return block.reshape(count, size // count, width), part[:, None]
 
 
 def _at(x: Array, b: Array, start: Array | int, size: int) -> Array:

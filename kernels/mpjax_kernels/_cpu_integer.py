@@ -1,11 +1,7 @@
 """Exact products of int8 matrices, in the forms that XLA:CPU has fast kernels for.
 
 Those take two or more rows on either side and want the terms of the left operand next to each
-other. Milliseconds for a 4096 x 4096 weight on two cores of an AVX-512 CPU (JAX 0.10), the
-quantization of the activation included:
-
-| rows | float32 | x @ w as stored [K, N] | w stored [N, K]: x @ w.T | w @ x.T in cuts | w stored [K, N], in blocks |
-|---|---|---|---|---|---|
+other.
 """
 
 import jax
@@ -56,7 +52,5 @@ def _dot(left: Shaped[Array, "batch left terms"], right: Matrices) -> Int32[Arra
     if right.batch > 1:
         return jax.lax.dot_general(left, right.values, axes, preferred_element_type=jnp.int32)
     axes = (((1,), (1 if right.terms_last else 0,)), ((), ()))
-    product = jax.lax.dot_general(
-        left[0], right.values[0], axes, preferred_element_type=jnp.int32
-    )
+    product = jax.lax.dot_general(left[0], right.values[0], axes, preferred_element_type=jnp.int32)
     return product[None]
