@@ -50,7 +50,7 @@ def dot_general(
     Implementations, in the order they are tried:
 
     - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same
-      exact sums; one to four rows of an array by integers, the rows as integers of 24 bits; and
+      exact sums; one to four rows of an array by integers, the rows as integers of 23 bits; and
       products in bfloat16 or float32 of a larger operand that is decoded block by block.
     - `"xla"`: what XLA multiplies as stored, on every platform. Two QTensors of integers
       accumulate exactly in int32, two of float8 in float32, one of each in bfloat16 products and
