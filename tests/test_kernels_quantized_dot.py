@@ -20,6 +20,11 @@ INT8, FLOAT8 = mk.DotFormats.int8(), mk.DotFormats.float8()
 PER_TENSOR = mk.DotFormats.int8(granularity="tensor")
 
 
+STATIC = ("formats", "dims", "implementation", "preferred_element_type")
+
+
+# Eagerly, every operation of it would be compiled on its own.
+@partial(jax.jit, static_argnums=(2, 3), static_argnames=STATIC)
 def dot(lhs, rhs, formats, dims=MATRIX, **kwargs):
     return mk.quantized_dot_general(lhs, rhs, dims, formats, **kwargs)
 
@@ -193,7 +198,9 @@ def test_between_the_passes_operands_are_kept_in_eight_bits(capsys):
     scales = mk.DotScales(lhs=jnp.float32(0.01))
 
     def loss(x, w, scales):
-        return jnp.sum(dot(jnp.sin(x), jnp.sin(w), INT8, scales=scales)[0].astype(jnp.float32))
+        operands = jnp.sin(x), jnp.sin(w)
+        out, _ = mk.quantized_dot_general(*operands, MATRIX, INT8, scales=scales)
+        return jnp.sum(out.astype(jnp.float32))
 
     policy = checkpoint_policies.save_only_these_names("quantization")
     print_saved_residuals(jax.checkpoint(loss, policy=policy), x, w, scales)

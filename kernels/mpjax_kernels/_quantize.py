@@ -184,10 +184,12 @@ def _quantize_asymmetric(
     split = x.astype(jnp.float32).reshape(blocks.split)
     high = jnp.max(split, axis=blocks.reduced, keepdims=True, initial=0.0)
     low = jnp.min(split, axis=blocks.reduced, keepdims=True, initial=0.0)
-    # Two quotients, because the difference of the largest float32s is infinite; and a little
-    # less than the largest, because a value times the scale must not be.
+    # Two quotients, because the difference of the largest float32s is infinite; and rounded down
+    # where a value times the scale could be.
     levels = 2.0**target.bits - 1
-    scale = jnp.maximum(high / levels - low / levels, _FLOAT32.tiny)
+    scale = high / levels - low / levels
+    scale = jnp.where(jnp.isinf(scale * levels), jnp.nextafter(scale, 0.0), scale)
+    scale = jnp.maximum(scale, _FLOAT32.tiny)
     scale = jnp.where(high == low, 1.0, scale)
     scale = jnp.where(jnp.isfinite(high) & jnp.isfinite(low), scale, jnp.nan)
     finite = jnp.isfinite(scale)
