@@ -156,8 +156,9 @@ def test_the_sums_of_digits_cannot_overflow():
     assert recombine(sums) == 3 * 65536 - 2 * 256 + 1
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [("bfloat16", 1), ("bfloat16", 4), ("float16", 16), ("float32", 16)]
+)
 def test_a_few_rows_of_an_array_are_multiplied_as_integers(dtype, rows):
     x, w = normal(rows, 512).astype(dtype), normal(512, 77)
     r = mk.contiguous(quantize(w, "int8", axis=0), axis=0)
@@ -170,6 +171,8 @@ def test_a_few_rows_of_an_array_are_multiplied_as_integers(dtype, rows):
     lowered = matmul.lower(x, r, preferred_element_type=jnp.float32, implementation="cpu")
     dots = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
     assert len(dots) == 1 and "xi8>" in dots[0] and "xi32>" in dots[0]
+    more = matmul.lower(normal(rows + 1, 512).astype(dtype), r, implementation="cpu")
+    assert "xi8>) ->" not in more.as_text()
 
 
 STEPS = {
@@ -218,6 +221,11 @@ def test_what_xla_multiplies_as_fast_is_refused():
     w = quantize(normal(8, 6, 5), "int8", axis=(0, 1))
     with pytest.raises(NotImplementedError, match="'cpu': scales vary along several contracting"):
         mk.dot_general(x, w, (((1, 2), (0, 1)), ((), ())), implementation="cpu")
+    g = quantize(normal(32, 65), "int4", axis=0, group_size=16)
+    with pytest.raises(NotImplementedError, match="'cpu': groups that are not contiguous"):
+        mk.matmul(normal(64, 32), g, implementation="cpu")
+    cpu(normal(64, 32), mk.contiguous(g, axis=0))
+    cpu(normal(63, 32), g)
     limit = 133144
     long = unit(np.zeros((1, limit + 1), np.int8))
     with pytest.raises(NotImplementedError, match=f"more than {limit} can overflow int32"):

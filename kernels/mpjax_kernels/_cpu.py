@@ -26,7 +26,10 @@ from ._groups import is_grouped
 from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale
 
-_DIGIT_ROWS = 4  # three digits of more rows than this take longer than decoding the weight
+# Three digits of more rows than this take longer than decoding the weight, to float32 or bfloat16.
+_DIGIT_ROWS, _DIGIT_ROWS_BFLOAT16 = 16, 4
+# From so many rows on XLA's dot of each group is faster, if the terms are stored first.
+_GROUPED_ROWS = 64
 
 
 def refusal(
@@ -41,11 +44,15 @@ def refusal(
         return f"`lhs` has shape {c.lhs_shape} and `rhs` {c.rhs_shape}: there is nothing to do"
     if _is_integer(lhs, rhs) and not _is_grouped(lhs, rhs, c):
         return None
-    if _is_grouped(lhs, rhs, c) and len(c.lhs_contract) > 1:
-        return "scales vary along several contracting axes: blocks are cut along one only"
-    larger = lhs if c.columns < c.rows else rhs
+    larger, last = (lhs, c.lhs_contract) if c.columns < c.rows else (rhs, c.rhs_contract)
     if not isinstance(larger, QTensor):
         return f"the larger operand is {describe(larger)}: XLA decodes the smaller one as fast"
+    if _is_grouped(lhs, rhs, c):
+        if len(last) > 1:
+            return "scales vary along several contracting axes: blocks are cut along one only"
+        crosswise = last[0] != larger.ndim - 1
+        if crosswise and min(c.rows, c.columns) >= _GROUPED_ROWS:
+            return "groups that are not contiguous: XLA multiplies many rows by them as fast"
     return None
 
 
@@ -128,7 +135,8 @@ def _is_grouped(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) -> b
 
 def _has_few_rows(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) -> bool:
     """Whether an array has few rows, to be multiplied by a larger tensor of integers."""
-    q, rows = (rhs, c.rows) if isinstance(rhs, QTensor) else (lhs, c.columns)
+    q, array, rows = (rhs, lhs, c.rows) if isinstance(rhs, QTensor) else (lhs, rhs, c.columns)
     assert isinstance(q, QTensor)
+    most = _DIGIT_ROWS_BFLOAT16 if array.dtype == jnp.bfloat16 else _DIGIT_ROWS
     integers = q.format.is_integer and q.zero_point is None
-    return integers and rows <= _DIGIT_ROWS and c.terms <= MOST_TERMS
+    return integers and rows <= most and c.terms <= MOST_TERMS

@@ -1,7 +1,15 @@
 """Exact products of int8 matrices, in the forms that XLA:CPU has fast kernels for.
 
 Those take two or more rows on either side and want the terms of the left operand next to each
-other.
+other. A 4096 x 4096 weight on two cores of an AVX-512 CPU (JAX 0.10), in milliseconds with the
+activation's quantization:
+
+| rows | float32 | [N, K]: x @ w.T | [N, K]: (w @ x.T).T in 8 cuts | [K, N]: x @ w | [K, N] in blocks |
+|---|---|---|---|---|---|
+| 1 | 1.7 | 0.95 (one row as two) | 0.78 | 7 (25 as one row) | 1.3 |
+| 4 | 2.1 | 1.1 | 0.80 | 7 | 1.8 |
+| 16 | 3.6 | 1.7 | 1.6 | 4.7 | 2.2 |
+| 128 | 12 | 7.5 | 8.0 | 10.4 | 9.7 |
 """
 
 import jax
