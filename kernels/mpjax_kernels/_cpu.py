@@ -50,8 +50,7 @@ def refusal(
     if _is_grouped(lhs, rhs, c):
         if len(last) > 1:
             return "scales vary along several contracting axes: blocks are cut along one only"
-        crosswise = last[0] != larger.ndim - 1
-        if crosswise and min(c.rows, c.columns) >= _GROUPED_ROWS:
+        if larger.ndim - 1 not in last and min(c.rows, c.columns) >= _GROUPED_ROWS:
             return "groups that are not contiguous: XLA multiplies many rows by them as fast"
     return None
 

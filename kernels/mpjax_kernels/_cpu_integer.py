@@ -4,7 +4,7 @@ Those take two or more rows on either side and want the terms of the left operan
 other. A 4096 x 4096 weight on two cores of an AVX-512 CPU (JAX 0.10), in milliseconds with the
 activation's quantization:
 
-| rows | float32 | [N, K]: x @ w.T | [N, K]: (w @ x.T).T in 8 cuts | [K, N]: x @ w | [K, N] in blocks |
+| rows | float32 | w [N, K]: x @ w.T | the same, w left, in 8 cuts | w [K, N]: x @ w | in blocks |
 |---|---|---|---|---|---|
 | 1 | 1.7 | 0.95 (one row as two) | 0.78 | 7 (25 as one row) | 1.3 |
 | 4 | 2.1 | 1.1 | 0.80 | 7 | 1.8 |
