@@ -6,12 +6,13 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx test test-all lint bench
+.PHONY: help demo demo-nnx test test-all test-tpu test-gpu lint bench
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
-	@echo "make demo | demo-nnx | test | test-all | lint | bench   [PYTHON=...] [ARGS=...]"
+	@echo "make demo | demo-nnx | test | test-all | test-tpu | test-gpu | lint | bench" \
+	  "  [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py $(ARGS)
@@ -23,7 +24,16 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu_compile and not tpu_compile" $(ARGS)
+
+# What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
+test-tpu: .venv/dev,tpu-compile.stamp
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile $(ARGS)
+
+# The same of the NVIDIA compiler. Autotuning would run kernels on the GPU that is not there.
+test-gpu: .venv/dev,gpu-compile.stamp
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 \
+	  $(BIN)/python -m pytest -m gpu_compile $(ARGS)
 
 # The variable stops the pyright wrapper from asking the network for a newer version.
 lint: .venv/dev.stamp
@@ -31,7 +41,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/dev.stamp
+bench: .venv/bench.stamp
 	@for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done

@@ -13,7 +13,6 @@ and their ratios. The target is a ratio of the totals of at most 1.3.
     python benchmarks/compile_time.py [--api linen|nnx] [--rounds 5]
 """
 
-import argparse
 import importlib
 import json
 import sys
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import mpjax as mp
+from _suite import Rows, output_folder, parser
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 demo = importlib.import_module("byte_lm")
@@ -36,20 +36,24 @@ models = importlib.import_module("byte_lm_models")
 runs = importlib.import_module("byte_lm_runs")
 
 TARGET = 1.3
+ROUNDS = 5
 PLAIN_DTYPE = {"float32": None, "mixed_bfloat16": jnp.bfloat16}
 SETTINGS = demo.Settings()
 TOKENS = jax.ShapeDtypeStruct((SETTINGS.batch, SETTINGS.shape.context), jnp.int32)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--api", choices=("linen", "nnx"), help="one of the two (default: both)")
-    parser.add_argument("--rounds", type=int, default=5, help="compilations per median")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--api", choices=("linen", "nnx"), help="one of the two (default: both)")
+    options = arguments.parse_args()
+    rounds = options.rounds or (1 if options.quick else ROUNDS)
     jax.config.update("jax_enable_compilation_cache", False)
+    written = Rows("compile_time", output_folder(options, whole=options.api is None))
     for api in (options.api,) if options.api else ("linen", "nnx"):
         for policy in PLAIN_DTYPE:
-            print(json.dumps(measure(api, policy, options.rounds)), flush=True)
+            row = measure(api, policy, rounds)
+            print(json.dumps(row), flush=True)
+            written.add(row)
 
 
 def measure(api: str, policy: str, rounds: int) -> dict[str, Any]:

@@ -1,67 +1,83 @@
-"""einsum and matmul of two operands, each reduced to one dot_general and a transpose."""
+"""einsum, reduced to diagonals, sums, and one dot_general for every two operands."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import opt_einsum
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._dot_general import dot_general
-from ._qtensor import QTensor
+from ._dot_general import IMPLEMENTATIONS, _refuse_integer_result, dot_general
+from ._equation import Equation, interleaved, label_sizes, parse
+from ._implementation import check_names
+from ._labelled import Labelled, diagonal, drop_broadcast, sum_axes
+from ._qtensor import QTensor, validate
+from ._quantize import dequantize
+
+Path = Sequence[tuple[int, ...]]
 
 
 def einsum(
-    equation: str,
-    lhs: Array | QTensor,
-    rhs: Array | QTensor,
-    *,
+    equation: Any,
+    *operands: Any,
+    optimize: bool | str | Path = "auto",
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Array:
-    """`jnp.einsum` of two operands that may be quantized.
+    """`jnp.einsum` of any number of operands that may be quantized.
 
-    Axes under an ellipsis broadcast as in NumPy. An axis of an array that is in neither the
-    other operand nor the output is summed first.
+    Every equation of `jnp.einsum` means here what it means there: diagonals, sums, ellipses,
+    outputs left out, and axes of size 1 that broadcast. Before anything is multiplied, a label
+    that an operand has twice becomes its diagonal (of a QTensor another QTensor, exactly), and
+    one that a single operand has alone is summed (of a QTensor in float32, dequantized). Then two
+    operands at a time are multiplied by `dot_general`, in the order `optimize` finds; what comes
+    out is an array of the dtype of the result, as in `jnp.einsum`.
+
+    Plain arrays alone go to `jnp.einsum` whatever `implementation` says.
 
     Args:
-        equation: E.g. `"bqhd,bkhd->bhqk"`, `"...i,ij->...j"` or `"ij,jk"`.
-        lhs: An array or a QTensor.
-        rhs: An array or a QTensor.
+        equation: E.g. `"bqhd,bkhd->bhqk"`, `"...i,ij->...j"`, `"ij,jk"` or `"ii->i"`.
+        *operands: Arrays and QTensors. With lists of labels: `einsum(x, [0, 1], w, [1, 2], [0])`.
+        optimize: As in `jnp.einsum`: how to find the order in which operands are multiplied.
         precision: As in `dot_general`.
-        preferred_element_type: As in `dot_general`.
-        implementation: As in `dot_general`.
+        preferred_element_type: The dtype of the result and of what is multiplied on. If None,
+            `jnp.result_type` of the operands (for a QTensor its logical dtype).
+        implementation: As in `dot_general`, for every product that has a QTensor.
 
     Returns:
         An array with the axes that the equation asks for.
 
     Raises:
         ValueError: If the equation or the shapes make no sense.
-        NotImplementedError: If an operand has a label twice (a diagonal), a QTensor would
-            have to be summed, or for the reasons of `dot_general`.
+        TypeError: If `preferred_element_type` is not floating, and an operand is a QTensor or one
+            array is floating and another not.
+        NotImplementedError: If `optimize` is a path that multiplies three operands at once, or
+            for the reasons of `dot_general`.
     """
-    lhs = lhs if isinstance(lhs, QTensor) else jnp.asarray(lhs)
-    rhs = rhs if isinstance(rhs, QTensor) else jnp.asarray(rhs)
-    left, right, out = _parse(equation, lhs.ndim, rhs.ndim)
-    sizes = dict(zip(left, lhs.shape, strict=True)), dict(zip(right, rhs.shape, strict=True))
-    lhs, left = _drop_broadcast(lhs, left, sizes[1])
-    rhs, right = _drop_broadcast(rhs, right, sizes[0])
-    lhs, left = _sum_unused(equation, lhs, left, {*right, *out})
-    rhs, right = _sum_unused(equation, rhs, right, {*left, *out})
-    batch = [label for label in left if label in right and label in out]
-    contract = [label for label in left if label in right and label not in out]
-    result = dot_general(
-        lhs,
-        rhs,
-        (_positions(contract, left, right), _positions(batch, left, right)),
-        precision,
-        preferred_element_type,
+    check_names(IMPLEMENTATIONS, implementation)
+    if not isinstance(equation, str):
+        operands, equation = interleaved((equation, *operands))
+    arrays = [x if isinstance(x, QTensor) else jnp.asarray(x) for x in operands]
+    labels = parse(equation, [x.shape for x in arrays])
+    if not any(isinstance(x, QTensor) for x in arrays):
+        return _plain(labels, arrays, optimize, precision, preferred_element_type)
+    dtype = _result_dtype(arrays, preferred_element_type)
+    multiply = partial(
+        dot_general,
+        precision=precision,
+        preferred_element_type=dtype,
         implementation=implementation,
     )
-    labels = batch + [label for label in left + right if label not in batch + contract]
-    return jnp.transpose(result, [labels.index(label) for label in out])
+    product = _contract(_simplify(labels, arrays, dtype), labels, optimize, multiply)
+    operand, order = product.operand, [product.labels.index(label) for label in labels.output]
+    array = dequantize(operand, dtype) if isinstance(operand, QTensor) else operand
+    return jnp.transpose(array, order).astype(dtype)
 
 
 def contracting_axes(
@@ -73,116 +89,115 @@ def contracting_axes(
     for `"...k,kn->...n"` and operands of 3 and 2 axes, `((2,), (0,))`.
 
     Raises:
-        ValueError: If the equation makes no sense for operands of these ranks.
-        NotImplementedError: If an operand has a label twice.
+        ValueError: If the equation makes no sense for two operands of these ranks.
     """
-    left, right, out = _parse(equation, lhs_ndim, rhs_ndim)
-    contract = [label for label in left if label in right and label not in out]
-    lhs_axes, rhs_axes = _positions(contract, left, right)
-    return tuple(lhs_axes), tuple(rhs_axes)
+    labels = parse(equation, [(1,) * lhs_ndim, (1,) * rhs_ndim])
+    left, right = labels.inputs
+    contract = [c for c in dict.fromkeys(left) if c in right and c not in labels.output]
+    lhs_axes, rhs_axes = (
+        tuple(i for c in contract for i, label in enumerate(term) if label == c)
+        for term in (left, right)
+    )
+    return lhs_axes, rhs_axes
 
 
-def matmul(
-    a: Array | QTensor,
-    b: Array | QTensor,
-    *,
-    precision: jax.lax.PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
-    implementation: str | Sequence[str] | None = None,
+def _plain(
+    equation: Equation,
+    arrays: Sequence[Any],
+    optimize: bool | str | Path,
+    precision: jax.lax.PrecisionLike,
+    preferred: DTypeLike | None,
 ) -> Array:
-    """`jnp.matmul` of two operands that may be quantized.
-
-    Args:
-        a: An array or a QTensor of shape [..., M, K] or [K].
-        b: An array or a QTensor of shape [..., K, N] or [K].
-        precision: As in `dot_general`.
-        preferred_element_type: As in `dot_general`.
-        implementation: As in `dot_general`.
-
-    Returns:
-        An array of shape [..., M, N], without M if `a` is 1-D and without N if `b` is; the
-        leading axes broadcast.
-
-    Raises:
-        ValueError: If an operand has no axes, or the shapes do not go together.
-        NotImplementedError: For the reasons of `dot_general`.
-    """
-    if np.ndim(a) == 0 or np.ndim(b) == 0:
-        raise ValueError(f"matmul needs axes: `a` has {np.ndim(a)} and `b` has {np.ndim(b)}")
-    left = "k" if np.ndim(a) == 1 else "...mk"
-    right = "k" if np.ndim(b) == 1 else "...kn"
-    out = "..." + "m" * (np.ndim(a) > 1) + "n" * (np.ndim(b) > 1)
-    return einsum(
-        f"{left},{right}->{out}",
-        a,
-        b,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        implementation=implementation,
+    for lhs, rhs in itertools.combinations(arrays, 2):
+        _refuse_integer_result(lhs, rhs, preferred)
+    text = ",".join(equation.inputs) + "->" + equation.output
+    path: Any = optimize
+    return jnp.einsum(
+        text, *arrays, optimize=path, precision=precision, preferred_element_type=preferred
     )
 
 
-def _parse(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[list[str], list[str], list[str]]:
-    """One label per axis of `lhs`, `rhs` and the output; see `_labels` for the ellipsis."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2:
-        raise ValueError(f"`equation` {equation!r} must have two operands, it has {len(terms)}")
-    left = _labels(equation, terms[0], lhs_ndim)
-    right = _labels(equation, terms[1], rhs_ndim)
-    hidden = max(_hidden(left), _hidden(right), key=len)
-    if not arrow:
-        output = "..." + "".join(sorted(c for c in inputs if inputs.count(c) == 1 and c.isalpha()))
-    before, ellipsis, after = output.partition("...")
-    out = [*before, *(hidden if ellipsis else []), *after]
-    if len(set(out)) != len(out) or not {*out} <= {*left, *right} or (hidden and not ellipsis):
-        raise ValueError(
-            f"`equation` {equation!r}: the output must hold labels of the operands, each once, "
-            "and an ellipsis if they have one"
-        )
-    return left, right, out
+def _result_dtype(operands: Sequence[Array | QTensor], preferred: DTypeLike | None) -> np.dtype:
+    if preferred is not None:
+        dtype = jnp.dtype(preferred)
+    else:  # from the arrays themselves, since a Python number takes the dtype of the others
+        dtype = jnp.result_type(*(x.dtype if isinstance(x, QTensor) else x for x in operands))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"a product with a QTensor has a floating dtype, not {dtype}")
+    return dtype
 
 
-def _labels(equation: str, term: str, ndim: int) -> list[str]:
-    """One label per axis; those under the ellipsis are "0.", "1.", ..., counted from its right."""
-    before, ellipsis, after = term.partition("...")
-    named = [*before, *after]
-    count = ndim - len(named)
-    if not all(label.isalpha() for label in named):
-        raise ValueError(f"`equation` {equation!r} has something that is no label in {term!r}")
-    if count < 0 or (count and not ellipsis):
-        raise ValueError(f"`equation` {equation!r}: {term!r} does not describe {ndim} axes")
-    if len(set(named)) != len(named):
-        raise NotImplementedError(f"`equation` {equation!r}: {term!r} takes a diagonal")
-    return [*before, *(f"{i}." for i in reversed(range(count))), *after]
+def _simplify(
+    equation: Equation, operands: Sequence[Array | QTensor], dtype: np.dtype
+) -> list[Labelled]:
+    """The operands without repeated labels, broadcast axes, and axes to be summed alone."""
+    for operand in operands:
+        if isinstance(operand, QTensor):
+            validate(operand)
+    sizes = label_sizes(equation, [x.shape for x in operands])
+    terms = [
+        drop_broadcast(diagonal(Labelled(x, term)), sizes)
+        for x, term in zip(operands, equation.inputs, strict=True)
+    ]
+    alone = Equation(tuple(t.labels for t in terms), equation.output, equation.text).used_once()
+    return [sum_axes(t, alone, dtype) for t in terms]
 
 
-def _hidden(labels: list[str]) -> list[str]:
-    return [label for label in labels if label.endswith(".")]
+def _contract(
+    terms: list[Labelled],
+    equation: Equation,
+    optimize: bool | str | Path,
+    multiply: Callable[..., Array],
+) -> Labelled:
+    """Multiplies two operands at a time, until one is left."""
+    for step in _path(terms, equation, optimize):
+        chosen = [terms.pop(i) for i in sorted(step, reverse=True)]
+        if len(chosen) == 2:
+            rhs, lhs = chosen
+            needed = {*equation.output}.union(*(t.labels for t in terms))
+            terms.append(_product(lhs, rhs, needed, equation.output, multiply))
+        else:
+            terms += chosen
+    (result,) = terms
+    return result
 
 
-def _drop_broadcast(
-    operand: Array | QTensor, labels: list[str], other: dict[str, int]
-) -> tuple[Array | QTensor, list[str]]:
-    """Takes away the axes of size 1 under the ellipsis that the other operand widens."""
-    wide = {label for label in _hidden(labels) if other.get(label, 1) != 1}
-    drop = [label in wide and operand.shape[i] == 1 for i, label in enumerate(labels)]
-    kept = [label for label, gone in zip(labels, drop, strict=True) if not gone]
-    return operand[tuple(0 if gone else slice(None) for gone in drop)], kept
-
-
-def _sum_unused(
-    equation: str, operand: Array | QTensor, labels: list[str], used: set[str]
-) -> tuple[Array | QTensor, list[str]]:
-    axes = tuple(i for i, label in enumerate(labels) if label not in used)
-    if not axes:
-        return operand, labels
-    if isinstance(operand, QTensor):
+def _path(terms: list[Labelled], equation: Equation, optimize: bool | str | Path) -> Path:
+    """The operands that each step takes from the list; what it makes goes to the end."""
+    if optimize is False:
+        return [(0, 1)] * (len(terms) - 1)
+    if isinstance(optimize, bool | str):
+        text = ",".join(t.labels for t in terms) + "->" + equation.output
+        how: Any = "optimal" if optimize is True else optimize
+        shapes = [t.operand.shape for t in terms]
+        optimize = cast(Path, opt_einsum.contract_path(text, *shapes, shapes=True, optimize=how)[0])
+    path = [tuple(step) for step in optimize]
+    if any(len(step) > 2 for step in path):
         raise NotImplementedError(
-            f"`equation` {equation!r} sums axes {axes} of {operand!r}: dequantize it first"
+            f"`optimize` {path} multiplies more than two operands at once: use a path of pairs"
         )
-    return jnp.sum(operand, axis=axes), [label for label in labels if label in used]
+    if len(terms) - sum(len(step) - 1 for step in path) != 1:
+        raise ValueError(
+            f"`optimize` {path} does not make one of the {len(terms)} operands of {equation.text}"
+        )
+    return path
 
 
-def _positions(names: list[str], left: list[str], right: list[str]) -> tuple[list[int], list[int]]:
-    return [left.index(name) for name in names], [right.index(name) for name in names]
+def _product(
+    lhs: Labelled, rhs: Labelled, needed: set[str], output: str, multiply: Callable[..., Array]
+) -> Labelled:
+    """One dot_general, over the labels that nothing else needs."""
+    shared = [label for label in lhs.labels if label in rhs.labels]
+    batch = [label for label in output if label in shared]
+    batch += [label for label in shared if label in needed and label not in batch]
+    contract = [label for label in shared if label not in batch]
+    free = ["".join(c for c in t.labels if c not in shared) for t in (lhs, rhs)]
+    labels = ["".join([*batch, *order]) for order in (free, free[::-1])]
+    if labels[0] != output == labels[1]:  # the other way round there is nothing to transpose
+        lhs, rhs, free = rhs, lhs, free[::-1]
+    (lhs_contract, lhs_batch), (rhs_contract, rhs_batch) = (
+        tuple([t.labels.index(label) for label in group] for group in (contract, batch))
+        for t in (lhs, rhs)
+    )
+    numbers = (lhs_contract, rhs_contract), (lhs_batch, rhs_batch)
+    return Labelled(multiply(lhs.operand, rhs.operand, numbers), "".join([*batch, *free]))

@@ -160,7 +160,7 @@ def _quantize(
 ) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
     split = x.astype(jnp.float32).reshape(blocks.split)
     amax = jnp.max(jnp.abs(split), axis=blocks.reduced, keepdims=True, initial=0.0)
-    scale = _scale_of(amax, target)
+    scale = scale_of(amax, target)
     # The cast of a NaN is not the same in every format and on every platform; the scale carries it.
     ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
     return round_to(ratio, target, key).reshape(x.shape), scale.reshape(blocks.scales)
@@ -204,7 +204,8 @@ def _quantize_asymmetric(
     )
 
 
-def _scale_of(amax: Float[Array, "*scales"], target: Format) -> Float[Array, "*scales"]:
+def scale_of(amax: Float[Array, "*scales"], target: Format) -> Float[Array, "*scales"]:
+    """The float32 scale of entries whose largest magnitude is `amax`."""
     # Rounded up, the scale of the largest float32s would bring `max * scale` to infinity.
     largest = np.nextafter(np.float32(_FLOAT32.max / target.max), np.float32(0))
     scale = jnp.clip(amax / target.max, _FLOAT32.tiny, largest)

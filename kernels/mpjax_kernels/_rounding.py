@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Shaped
 from ._formats import Format
 
 _EXPONENT_BITS = np.int32(0x7F800000)  # of a float32: no sign, no mantissa
+_TWICE_THE_BIAS = np.int32(0x7F000000)  # of the exponent: 2**-n has this less the bits of 2**n
 
 
 def round_to(
@@ -35,6 +36,18 @@ def round_to(
     elif format.is_integer:
         x = jnp.round(x)
     return x.astype(format.dtype)  # this cast rounds to nearest even in a floating format
+
+
+def round_to_grid(x: Float[Array, "*shape"], format: Format) -> Float[Array, "*shape"]:
+    """Rounds finite float32 numbers to nearest even, as if the format had no largest value.
+
+    By arithmetic that is exact on all hardware, so that a cast that rounds otherwise than to
+    nearest even, or twice, has nothing left to round.
+    """
+    step = _step(x, format)
+    bits = _TWICE_THE_BIAS - jax.lax.bitcast_convert_type(step, jnp.int32)
+    inverse = jax.lax.bitcast_convert_type(bits, jnp.float32)  # exact: a step is a power of two
+    return jnp.round(x * inverse) * step
 
 
 def _round_stochastically(

@@ -1,0 +1,85 @@
+"""Convolutions by XLA's own, of the stored values, with the scales applied afterwards."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from ._convolution import Convolution
+from ._implementation import Operand
+from ._multiplicands import is_integer_pair, multiplicands, zero_point_refusal
+from ._qtensor import QTensor, describe
+from ._storage import expand_scale
+from ._xla import _ARRAY_DTYPES
+
+
+def refusal(lhs: Operand, rhs: Operand, window: Convolution, *_: Any) -> str | None:
+    """Why XLA does not convolve these; None if it does."""
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if not isinstance(operand, QTensor) and operand.dtype.name not in _ARRAY_DTYPES:
+            return (
+                f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
+                f"{', '.join(_ARRAY_DTYPES)}"
+            )
+    per_image = window.axes.lhs_spec[0] if window.batch_group_count == 1 else None
+    return (
+        _scale_refusal("lhs", lhs, per_image, "batch")
+        or _scale_refusal("rhs", rhs, window.axes.rhs_spec[0], "output feature")
+        or zero_point_refusal(lhs, rhs)
+        or _overflow(lhs, rhs, window)
+    )
+
+
+def conv(
+    lhs: Operand,
+    rhs: Operand,
+    window: Convolution,
+    precision: jax.lax.PrecisionLike,
+    dtype: np.dtype,
+) -> Array:
+    """Convolves the values, then multiplies the sums by the scales of `lhs` and of `rhs`.
+
+    As `dot_general`: two integer QTensors are summed exactly in int32, the rest in float32.
+    """
+    m = multiplicands(lhs, rhs, precision)
+    sums = window(m.lhs, m.rhs, m.precision, m.sum_dtype)
+    return rescale(sums, lhs, rhs, window).astype(dtype)
+
+
+def rescale(
+    result: Shaped[Array, "*out"], lhs: Operand, rhs: Operand, window: Convolution
+) -> Float[Array, "*out"]:
+    """A convolution of values times the scales, in float32, one after the other."""
+    result = result.astype(jnp.float32)
+    if isinstance(lhs, QTensor):  # of size 1 along all axes but the batch
+        shape = [1] * result.ndim
+        shape[window.axes.out_spec[0]] = -1
+        result = result * expand_scale(lhs).reshape(shape)
+    if isinstance(rhs, QTensor):  # the same for the output features
+        shape = [1] * result.ndim
+        shape[window.axes.out_spec[1]] = -1
+        result = result * expand_scale(rhs).reshape(shape)
+    return result
+
+
+def _scale_refusal(name: str, operand: Operand, free: int | None, what: str) -> str | None:
+    if isinstance(operand, QTensor):
+        if any(size != 1 for a, size in enumerate(operand.scale.shape) if a != free):
+            where = "nowhere" if free is None else f"along the {what} axis {free} alone"
+            return (
+                f"`{name}` has scale {operand.scale.shape}: for it to be applied after the sum it "
+                f"may vary {where}"
+            )
+    return None
+
+
+def _overflow(lhs: Operand, rhs: Operand, window: Convolution) -> str | None:
+    if not is_integer_pair(lhs, rhs):
+        return None
+    most = int((2**31 - 1) // math.prod(o.format.max for o in (lhs, rhs) if isinstance(o, QTensor)))
+    if window.terms <= most:
+        return None
+    return f"sums {window.terms} terms: more than {most} can overflow int32"

@@ -1,0 +1,201 @@
+"""The benchmarks: what a row holds, and that nobody is timed on a wrong result or left out."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+LIMITS = {"read_gb_per_s": 10.0, "copy_gb_per_s": 8.0, "float32_gops": 100.0, "int8_gops": 200.0}
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a file of the benchmarks by its name, as the scripts beside it do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def contest(module):
+    return module("_contest")
+
+
+def contender(contest, value, bound=0.01):
+    """One whose every call returns `value`."""
+    program = contest.Program(run=lambda: np.full(4, value), compile_seconds=0.5, bytes=1000)
+    return contest.Contender(lambda: program, bound, package="numpy")
+
+
+def missing(contest):
+    def prepare():
+        return importlib.import_module("no_such_peer")
+
+    return contest.Contender(prepare, 0.01, package="no-such-peer")
+
+
+def case(contest, ours, **peers):
+    return contest.Contest(
+        facts={"case": "ones"},
+        reference=np.ones(4),
+        ours=ours,
+        peers=peers,
+        operations=2000,
+        targets={name: 0.5 for name in peers},
+    )
+
+
+def run(*arguments, script="matmul.py"):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_matmul_writes_a_row_whose_figures_agree_with_each_other(tmp_path):
+    result = run("--quick", "--peers", "float32", "--cases", "w8a8", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = (tmp_path / "matmul.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["benchmark"], row["case"], row["format"]) == ("matmul", "w8a8 4x256x256", "w8a8")
+    assert row["machine"]["backend"] == "cpu" and row["limits"].keys() == LIMITS.keys()
+    assert all(limit > 0 for limit in row["limits"].values())
+    assert row["peers"].keys() == {"float32"}
+    ours, peer = row["ours"], row["peers"]["float32"]
+    assert peer["ratio"] == pytest.approx(ours["median_ms"] / peer["median_ms"], rel=1e-3, abs=1e-4)
+    assert row["slower_than_float32"] is (peer["ratio"] > 1)
+    # Operands and result: int8 weights, a scale for each of 256 channels, 4 rows; all in float32.
+    sizes = {"ours": 256 * 256 + 4 * 256 + 4 * 4 * (256 + 256), "peer": 4 * (256**2 + 8 * 256)}
+    for name, entry in {"ours": ours, "peer": peer}.items():
+        elapsed = entry["median_ms"] / 1e3
+        assert entry["p25_ms"] <= entry["median_ms"] <= entry["p75_ms"]
+        assert entry["calls"] >= 2 and entry["compile_s"] > 0
+        # Milliseconds and rates are rounded in the row.
+        assert entry["gops"] == pytest.approx(2 * 4 * 256**2 / elapsed / 1e9, rel=0.02, abs=0.06)
+        assert entry["gb_per_s"] == pytest.approx(sizes[name] / elapsed / 1e9, rel=0.02, abs=0.006)
+        assert entry["relative_error"] <= entry["error_bound"]
+    assert ours["relative_error"] > 0.001 > peer["relative_error"]
+    assert "w8a8 4x256x256" in result.stdout and "float32" in result.stdout
+
+
+def test_a_case_that_is_unknown_is_an_error_and_nothing_is_written(tmp_path):
+    result = run("--quick", "--cases", "w7a7", "--output", tmp_path)
+    assert (
+        result.returncode == 1 and "no case has w7a7 in its name: w8a8 4x256x256" in result.stderr
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peer_that_cannot_run_is_an_entry_with_its_error(contest):
+    row = contest.hold(case(contest, contender(contest, 1.0), missing=missing(contest)), 2, LIMITS)
+    assert row["peers"]["missing"] == {
+        "package": "no-such-peer",
+        "version": None,
+        "error": "ModuleNotFoundError: No module named 'no_such_peer'",
+    }
+    assert row["targets"] == [{"peer": "missing", "at_most": 0.5, "ratio": None, "reached": None}]
+    assert row["slower_than_float32"] is None and row["ours"]["median_ms"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (1.02, "wrong result: relative mean absolute error 0.02, at most 0.01"),
+        (math.nan, "wrong result: relative mean absolute error nan, at most 0.01"),
+    ],
+)
+def test_nobody_is_timed_on_a_wrong_result(contest, value, error):
+    wrong, right = contender(contest, value), contender(contest, 1.0)
+    row = contest.hold(case(contest, right, peer=wrong), 2, LIMITS)
+    assert row["peers"]["peer"]["error"] == f"ArithmeticError: {error}"
+    assert "median_ms" not in row["peers"]["peer"]
+    with pytest.raises(ArithmeticError, match=error):
+        contest.hold(case(contest, wrong, peer=right), 2, LIMITS)
+
+
+def test_our_own_failure_is_not_hidden(contest):
+    with pytest.raises(ModuleNotFoundError, match="no_such_peer"):
+        contest.hold(case(contest, missing(contest), peer=contender(contest, 1.0)), 2, LIMITS)
+
+
+def test_a_result_of_another_shape_is_wrong(contest):
+    with pytest.raises(ArithmeticError, match=r"the result has shape \(1, 4\), not \(4,\)"):
+        contest.relative_error(np.ones((1, 4)), np.ones(4))
+
+
+@pytest.mark.parametrize(("ours", "reached", "slower"), [(0.5, True, False), (2.4, False, True)])
+def test_ratios_and_verdicts_by_arithmetic(contest, ours, reached, slower):
+    entries = {"ours": {"median_ms": ours}, "float32": {"median_ms": 2.0}, "qwix": {"error": "no"}}
+    row = contest.compared(entries, {"float32": 0.5, "not_run": 0.1})
+    assert row["peers"]["float32"]["ratio"] == ours / 2
+    assert row["peers"]["qwix"] == {"error": "no"}
+    verdict = {"peer": "float32", "at_most": 0.5, "ratio": ours / 2, "reached": reached}
+    assert row["targets"] == [verdict] and row["slower_than_float32"] is slower
+
+
+def test_everyone_has_a_turn_in_every_round_and_the_first_call_of_it_is_not_timed(module):
+    timing = module("_timing")
+    log = []
+    slow = timing.TURN_SECONDS * 1.5  # one call is a turn
+
+    def program(name):
+        def call():
+            log.append(name)
+            timing.time.sleep(slow)
+
+        return call
+
+    programs = {name: program(name) for name in "ab"}
+    samples = timing.interleaved(programs, 3, before=lambda: log.append("-"))
+    assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
+    assert all(time >= slow for times in samples.values() for time in times)
+    turns = "".join(log).removeprefix("aaabbb")  # three calls to see how many make a turn
+    assert sorted([turns[i : i + 6] for i in range(0, 18, 6)]) in (
+        ["a-ab-b"] * n + ["b-ba-a"] * (3 - n) for n in range(4)
+    )
+
+
+def test_the_table_marks_what_is_missed_slower_or_cannot_run(module, capsys):
+    contest, table = module("_contest"), module("_table")
+    figures = {"p25_ms": 1.0, "p75_ms": 3.0, "gb_per_s": 1.0, "of_read_limit": 0.1}
+    figures |= {"compile_s": 0.1, "relative_error": 0.01}
+    entries = {name: {"median_ms": ms} | figures for name, ms in (("ours", 2.5), ("float32", 2.0))}
+    entries["qwix"] = {"error": "TypeError: list[int] is\nnot supported"}
+    row = {"case": "w8a8"} | contest.compared(entries, {"float32": 0.5, "qwix": 0.1})
+    table.console().print(table.case_table(row))
+    printed = capsys.readouterr().out
+    for expected in ("SLOWER THAN FLOAT32", "1.250", "0.5 missed"):
+        assert expected in printed
+    assert "qwix cannot run: TypeError: list[int] is" in printed
+    assert table.summary([row]) == [
+        "0 of 2 targets reached.",
+        "missed: w8a8: 1.250 of float32, target 0.5",
+        "slower than float32: w8a8: 1.250",
+        "could not run in every case: qwix",
+    ]
+
+
+@pytest.mark.parametrize("script", ["matmul", "conv", "quantize"])
+def test_a_complete_run_alone_replaces_the_committed_results(module, script):
+    suite = module("_suite")
+    arguments = suite.suite_parser(module(script).__doc__, ["a case"], module(script).NAMES)
+    complete, quick, short = (
+        arguments.parse_args(flags) for flags in ([], ["--quick"], ["--rounds", "2"])
+    )
+    assert suite.output_folder(complete, whole=True) == BENCHMARKS / "results"
+    assert suite.output_folder(complete, whole=False) is None
+    assert suite.output_folder(quick, whole=True) is None
+    assert suite.output_folder(short, whole=True) is None
+    elsewhere = arguments.parse_args(["--quick", "--output", "elsewhere"])
+    assert suite.output_folder(elsewhere, whole=False) == Path("elsewhere")
