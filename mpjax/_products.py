@@ -23,6 +23,9 @@ from ._context import Product, active
 
 Operand = jax.Array | mk.QTensor
 
+# All but "reference": int8 x int8 or an error, and never a float32 product in silence.
+_IN_INT8 = ("cpu", "gpu", "xla")
+
 
 def _observe(path: str | None, kernel: Operand, contracting: tuple[int, ...]) -> None:
     frame = active.value
@@ -79,7 +82,7 @@ class Int8DotGeneral:
             dimension_numbers,
             precision=precision,
             preferred_element_type=jnp.dtype(preferred_element_type or self.compute_dtype),
-            implementation="xla",  # int8 x int8 or an error, never a float32 product in silence
+            implementation=_IN_INT8,
         )
 
 
@@ -113,7 +116,7 @@ class Int8Einsum:
             rhs,
             precision=precision,
             preferred_element_type=jnp.dtype(preferred_element_type or self.compute_dtype),
-            implementation="xla",  # int8 x int8 or an error, never a float32 product in silence
+            implementation=_IN_INT8,
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _gpu, _reference, _tpu, _xla
+from . import _cpu, _gpu, _reference, _tpu, _xla
 from ._arguments import as_operand, refuse_integer_result, result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import linear_in_array, without_derivative
@@ -21,6 +21,7 @@ from ._storage import as_stored
 # In the order they are tried when none is named. The last one takes everything. XLA comes before
 # the TPU kernel, which nobody has timed against it: that one has to be named.
 IMPLEMENTATIONS = {
+    "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
     "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
     "tpu": Implementation(_tpu.refusal, _tpu.dot_general, ("tpu",)),
@@ -50,6 +51,9 @@ def dot_general(
 
     Implementations, in the order they are tried:
 
+    - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same
+      exact sums; one to four rows of an array by integers, the rows as integers of 23 bits; and
+      products in bfloat16 or float32 of a larger operand that is decoded block by block.
     - `"xla"`: what XLA multiplies as stored, on every platform. Two QTensors of integers
       accumulate exactly in int32, two of float8 in float32, one of each in bfloat16 products and
       float32 sums. An array keeps its dtype, the values of a QTensor beside it are converted to

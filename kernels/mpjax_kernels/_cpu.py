@@ -1,0 +1,141 @@
+"""Products on CPUs: the values in the forms, and the layouts, that XLA:CPU multiplies fast.
+
+- Two QTensors of integers: int8 products with exact int32 sums (`_cpu_integer`).
+- A few rows of an array by integers: the rows as three int8 digits (`_cpu_digits`).
+- Everything else in blocks (`_cpu_blocks`): the larger operand becomes bfloat16, if that holds the
+  values of both exactly, or float32, a block at a time. Scales that vary along the contracted
+  axis multiply the block.
+
+Nothing here is native code: it is all XLA's, arranged.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from . import _xla
+from ._contraction import Contraction
+from ._cpu_blocks import blocked_dot
+from ._cpu_digits import MOST_TERMS, digits, recombine
+from ._cpu_integer import integer_dot
+from ._cpu_matrices import Matrices, matrices, rows_first
+from ._groups import is_grouped
+from ._qtensor import QTensor, describe
+from ._storage import decode, expand_scale
+
+# Three digits of more rows than this take longer than decoding the weight, to float32 or bfloat16.
+_DIGIT_ROWS, _DIGIT_ROWS_BFLOAT16 = 16, 4
+# From so many rows on XLA's dot of each group is faster, if the terms are stored first.
+_GROUPED_ROWS = 64
+
+
+def refusal(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, *_: Any
+) -> str | None:
+    """Why this does not multiply these, or XLA's own product is as fast; None if it does."""
+    reason = _xla.refusal(lhs, rhs, contraction)
+    if reason is not None:
+        return reason
+    c = contraction
+    if 0 in (*c.lhs_shape, *c.rhs_shape):
+        return f"`lhs` has shape {c.lhs_shape} and `rhs` {c.rhs_shape}: there is nothing to do"
+    if _is_integer(lhs, rhs) and not _is_grouped(lhs, rhs, c):
+        return None
+    larger, last = (lhs, c.lhs_contract) if c.columns < c.rows else (rhs, c.rhs_contract)
+    if not isinstance(larger, QTensor):
+        return f"the larger operand is {describe(larger)}: XLA decodes the smaller one as fast"
+    if _is_grouped(lhs, rhs, c):
+        if len(last) > 1:
+            return "scales vary along several contracting axes: blocks are cut along one only"
+        if larger.ndim - 1 not in last and min(c.rows, c.columns) >= _GROUPED_ROWS:
+            return "groups that are not contiguous: XLA multiplies many rows by them as fast"
+    return None
+
+
+def dot_general(
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+    dtype: np.dtype,
+) -> Array:
+    """The product, as `_xla.dot_general` defines it up to float32 rounding."""
+    del precision  # products are exact in bfloat16, or in float32, which CPUs have in full
+    if _is_grouped(lhs, rhs, contraction):
+        return _blocked(lhs, rhs, contraction, scaled=True).astype(dtype)
+    return _xla.scaled_dot(lhs, rhs, contraction, _dot).astype(dtype)
+
+
+def _dot(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> Array:
+    """The product of the values."""
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        if _is_integer(lhs, rhs):
+            stored = lhs.values, rhs.values  # not yet widened, as those that `dot` is given are
+
+            def dot(left: Array, right: Array, c: Contraction) -> Array:
+                del left, right
+                return _integer_dot(*stored, c)
+
+            return _xla.integer_dot(lhs, rhs, contraction, dot)
+    elif _has_few_rows(lhs, rhs, contraction):
+        return _digit_dot(lhs, rhs, contraction)
+    return _blocked(lhs, rhs, contraction, scaled=False)
+
+
+def _integer_dot(lhs: Array, rhs: Array, contraction: Contraction) -> Array:
+    few, many, swapped = matrices(lhs, rhs, contraction)
+    return _in_output(integer_dot(few, many), swapped, contraction)
+
+
+def _digit_dot(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> Array:
+    few, many, swapped = matrices(lhs, rhs, contraction)
+    rows, scale = digits(rows_first(few))
+    sums = integer_dot(Matrices(rows, terms_last=True), many)
+    return _in_output(recombine(sums) * scale, swapped, contraction)
+
+
+def _blocked(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, scaled: bool
+) -> Float[Array, "*out"]:
+    dtypes = [jnp.bfloat16 if isinstance(o, QTensor) else o.dtype for o in (lhs, rhs)]
+    exact = not scaled and all(dtype == jnp.bfloat16 for dtype in dtypes)
+    dtype = jnp.dtype(jnp.bfloat16 if exact else jnp.float32)
+    if contraction.columns < contraction.rows:
+        rhs = _decoded(rhs, dtype, scaled)
+    else:
+        lhs = _decoded(lhs, dtype, scaled)
+    few, many, swapped = matrices(lhs, rhs, contraction)
+    return _in_output(blocked_dot(rows_first(few), many, jnp.float32, scaled), swapped, contraction)
+
+
+def _decoded(operand: Array | QTensor, dtype: np.dtype, scaled: bool) -> Array:
+    if not isinstance(operand, QTensor):
+        return operand.astype(dtype)
+    values = decode(operand, dtype)
+    return values * expand_scale(operand) if scaled else values
+
+
+def _in_output(product: Array, swapped: bool, contraction: Contraction) -> Array:
+    """[batch, few, many] as the axes of the contraction's result."""
+    product = jnp.swapaxes(product, 1, 2) if swapped else product
+    return product.reshape(contraction.result_shape)
+
+
+def _is_integer(lhs: Array | QTensor, rhs: Array | QTensor) -> bool:
+    return all(isinstance(o, QTensor) and o.format.is_integer for o in (lhs, rhs))
+
+
+def _is_grouped(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) -> bool:
+    return is_grouped(lhs, c.lhs_contract) or is_grouped(rhs, c.rhs_contract)
+
+
+def _has_few_rows(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) -> bool:
+    """Whether an array has few rows, to be multiplied by a larger tensor of integers."""
+    q, array, rows = (rhs, lhs, c.rows) if isinstance(rhs, QTensor) else (lhs, rhs, c.columns)
+    assert isinstance(q, QTensor)
+    most = _DIGIT_ROWS_BFLOAT16 if array.dtype == jnp.bfloat16 else _DIGIT_ROWS
+    integers = q.format.is_integer and q.zero_point is None
+    return integers and rows <= most and c.terms <= MOST_TERMS
