@@ -152,7 +152,7 @@ def bound(name, shapes, lhs, rhs) -> np.ndarray:
 
     A product, its part in the sums and at most two scales of each operand round, each with at most
     U, to first order; two U cover the rest. Beside an array with few rows, "cpu" multiplies that in
-    three digits, of together 20 bits: half a unit of those of the row's amax.
+    three digits: half a unit of 22 bits of the row's amax.
     """
     left, right = np.abs(exact(lhs)), np.abs(exact(rhs))
     error = (shapes.terms + 7) * U * shapes.product(left, right)
@@ -163,7 +163,7 @@ def bound(name, shapes, lhs, rhs) -> np.ndarray:
         ]
         array = 1 if isinstance(lhs, mk.QTensor) else 0
         pair = (largest[0], right) if array == 0 else (left, largest[1])
-        error += 2.0**-20 * shapes.product(*pair)
+        error += 2.0**-22 * shapes.product(*pair)
     return error
 
 

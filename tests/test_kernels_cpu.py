@@ -3,6 +3,8 @@
 That it computes the product of every shape and pair of formats is in test_kernels_conformance.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,17 @@ def test_digits_of_a_row_that_is_not_finite_are_finite_and_its_scale_is_not():
     parts, scale = jax.jit(digits)(x)
     np.testing.assert_array_equal(np.isfinite(scale[0, :, 0]), [False, False, True])
     assert (np.asarray(parts).reshape(3, 3, 8)[:, :2] == 0).all()
+
+
+def test_digits_are_for_the_default_precision():
+    x, w = normal(1, 64), mk.quantize(normal(64, 96), axis=0)
+
+    def multiplies_integers(precision):
+        product = partial(mk.matmul, implementation="cpu", precision=precision)
+        return "xi32>" in jax.jit(product).lower(x, w).as_text().split("dot_general", 1)[1][:400]
+
+    assert multiplies_integers(None) and multiplies_integers("default")
+    assert not multiplies_integers("highest")
 
 
 def test_the_sums_of_digits_cannot_overflow():

@@ -9,6 +9,7 @@
 Nothing here is native code: it is all XLA's, arranged.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from ._storage import decode, expand_scale
 
 # Three digits of more rows than this take longer than decoding the weight, to float32 or bfloat16.
 _DIGIT_ROWS, _DIGIT_ROWS_BFLOAT16 = 16, 4
+_DEFAULT = (None, "default", jax.lax.Precision.DEFAULT)
 # From so many rows on XLA's dot of each group is faster, if the terms are stored first.
 _GROUPED_ROWS = 64
 
@@ -62,14 +64,22 @@ def dot_general(
     precision: jax.lax.PrecisionLike,
     dtype: np.dtype,
 ) -> Array:
-    """The product, as `_xla.dot_general` defines it up to float32 rounding."""
-    del precision  # products are exact in bfloat16, or in float32, which CPUs have in full
+    """The product, as `_xla.dot_general` defines it up to float32 rounding.
+
+    Products are exact in bfloat16, or in float32, which CPUs have in full, whatever `precision`
+    says. But digits, which are good to 2**-22 of the largest entry of a row, are for the default.
+    """
     if _is_grouped(lhs, rhs, contraction):
         return _blocked(lhs, rhs, contraction, scaled=True).astype(dtype)
-    return _xla.scaled_dot(lhs, rhs, contraction, _dot).astype(dtype)
+    return _xla.scaled_dot(lhs, rhs, contraction, partial(_dot, precision=precision)).astype(dtype)
 
 
-def _dot(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> Array:
+def _dot(
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+) -> Array:
     """The product of the values."""
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         if _is_integer(lhs, rhs):
@@ -80,7 +90,7 @@ def _dot(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -
                 return _integer_dot(*stored, c)
 
             return _xla.integer_dot(lhs, rhs, contraction, dot)
-    elif _has_few_rows(lhs, rhs, contraction):
+    elif precision in _DEFAULT and _has_few_rows(lhs, rhs, contraction):
         return _digit_dot(lhs, rhs, contraction)
     return _blocked(lhs, rhs, contraction, scaled=False)
 

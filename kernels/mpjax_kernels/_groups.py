@@ -49,6 +49,15 @@ def grouped_dot(
     return total
 
 
+def has_scale_per_term(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
+) -> bool:
+    """Whether a scale changes with every term, so that there is nothing to sum before scaling."""
+    c = contraction
+    pairs = zip(c.lhs_contract, c.rhs_contract, strict=True)
+    return c.terms > 1 and c.terms == math.prod(_runs(lhs, a, rhs, b) for a, b in pairs)
+
+
 def _runs(lhs: Array | QTensor, a: int, rhs: Array | QTensor, b: int) -> int:
     """Into how many equal runs a pair of contracting axes is cut."""
     size = lhs.shape[a]

@@ -20,9 +20,9 @@ _FLOAT32 = jnp.finfo(jnp.float32)
 
 _NO_DERIVATIVE = (
     "quantize has no useful derivative: rounding is flat, so the gradient would be zero. "
-    "Training through int8 products is not built yet, nor through those of other formats; "
-    "differentiate the model before it is quantized, or, if no gradient is wanted here, quantize "
-    "jax.lax.stop_gradient(x)"
+    "To train through quantized products use mpjax_kernels.quantized_dot_general (no policy of "
+    "mpjax does yet); differentiate the model before it is quantized, or, if no gradient is wanted "
+    "here, quantize jax.lax.stop_gradient(x)"
 )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
 from ._contraction import Contraction
-from ._groups import grouped_dot, is_grouped
+from ._groups import grouped_dot, has_scale_per_term, is_grouped
 from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale, spread
 
@@ -27,6 +27,10 @@ def refusal(
                 f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
                 f"{', '.join(ARRAY_DTYPES)}"
             )
+    if has_scale_per_term(lhs, rhs, contraction):
+        return (
+            f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: a scale changes with every term"
+        )
     return overflow(lhs, rhs, contraction)
 
 
