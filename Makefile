@@ -21,10 +21,10 @@ demo-nnx: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py --nnx $(ARGS)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not gpu_compile and not tpu_compile" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not gpu_compile and not tpu_compile" $(ARGS)
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
 test-tpu: .venv/dev,tpu-compile.stamp

@@ -1,6 +1,5 @@
 """Convolutions by XLA's own, of the stored values, with the scales applied afterwards."""
 
-import math
 from typing import Any
 
 import jax
@@ -10,26 +9,21 @@ from jaxtyping import Array, Float, Shaped
 
 from ._convolution import Convolution
 from ._implementation import Operand
-from ._multiplicands import is_integer_pair, multiplicands, zero_point_refusal
-from ._qtensor import QTensor, describe
+from ._multiplicands import multiplicands, zero_point_refusal
+from ._qtensor import QTensor
 from ._storage import expand_scale
-from ._xla import ARRAY_DTYPES
+from ._xla import dtype_refusal, overflow
 
 
 def refusal(lhs: Operand, rhs: Operand, window: Convolution, *_: Any) -> str | None:
     """Why XLA does not convolve these; None if it does."""
-    for name, operand in (("lhs", lhs), ("rhs", rhs)):
-        if not isinstance(operand, QTensor) and operand.dtype.name not in ARRAY_DTYPES:
-            return (
-                f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
-                f"{', '.join(ARRAY_DTYPES)}"
-            )
     per_image = window.axes.lhs_spec[0] if window.batch_group_count == 1 else None
     return (
-        _scale_refusal("lhs", lhs, per_image, "batch")
+        dtype_refusal(lhs, rhs)
+        or _scale_refusal("lhs", lhs, per_image, "batch")
         or _scale_refusal("rhs", rhs, window.axes.rhs_spec[0], "output feature")
         or zero_point_refusal(lhs, rhs)
-        or _overflow(lhs, rhs, window)
+        or overflow(lhs, rhs, window.terms)
     )
 
 
@@ -74,12 +68,3 @@ def _scale_refusal(name: str, operand: Operand, free: int | None, what: str) -> 
                 f"may vary {where}"
             )
     return None
-
-
-def _overflow(lhs: Operand, rhs: Operand, window: Convolution) -> str | None:
-    if not is_integer_pair(lhs, rhs):
-        return None
-    most = int((2**31 - 1) // math.prod(o.format.max for o in (lhs, rhs) if isinstance(o, QTensor)))
-    if window.terms <= most:
-        return None
-    return f"sums {window.terms} terms: more than {most} can overflow int32"

@@ -41,7 +41,7 @@ def refusal(
     names = lhs.format.name, rhs.format.name
     if lhs.format.is_integer != rhs.format.is_integer or names == ("float8_e5m2",) * 2:
         return f"no tensor core multiplies {names[0]} by {names[1]}"
-    return overflow(lhs, rhs, contraction)
+    return overflow(lhs, rhs, contraction.terms)
 
 
 def dot_general(

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped
 
-from . import _xla
-from ._contraction import Contraction
 from ._implementation import Operand
 from ._multiplicands import Multiplicands, multiplicands, zero_point_refusal
 from ._qtensor import QTensor, in_order
 from ._storage import expand_scale
+from ._xla import dtype_refusal, overflow
 
 
 def refusal(lhs: Operand, rhs: Operand, sizes: Array, *_: Any) -> str | None:
@@ -24,8 +23,9 @@ def refusal(lhs: Operand, rhs: Operand, sizes: Array, *_: Any) -> str | None:
                 f"`{name}` has scale {operand.scale.shape}, which varies along contracting axis "
                 f"{axis}: scales can be applied after the sum only if they are constant there"
             )
-    whole = Contraction(lhs.shape, rhs.shape[1:], (1,), (0,), (), ())
-    return zero_point_refusal(lhs, rhs) or _xla.refusal(lhs, rhs, whole)
+    return (
+        zero_point_refusal(lhs, rhs) or dtype_refusal(lhs, rhs) or overflow(lhs, rhs, lhs.shape[1])
+    )
 
 
 def ragged_dot(

@@ -40,7 +40,7 @@ def refusal(
     if reason is None and len(groups) > 1:
         return f"the scales of `lhs` and `rhs` vary along K in different groups, {sorted(groups)}"
     # With groups, only the sum of a block is one of integers.
-    return reason or (None if groups else overflow(lhs, rhs, c))
+    return reason or (None if groups else overflow(lhs, rhs, c.terms))
 
 
 def dot_general(

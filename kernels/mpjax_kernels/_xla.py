@@ -21,17 +21,22 @@ def refusal(
     lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, *_: Any
 ) -> str | None:
     """Why XLA does not multiply these; None if it does."""
+    if has_scale_per_term(lhs, rhs, contraction):
+        return (
+            f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: a scale changes with every term"
+        )
+    return dtype_refusal(lhs, rhs) or overflow(lhs, rhs, contraction.terms)
+
+
+def dtype_refusal(lhs: Array | QTensor, rhs: Array | QTensor) -> str | None:
+    """Says that an array beside a QTensor has a dtype that may not hold its values."""
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(operand, QTensor) and operand.dtype.name not in ARRAY_DTYPES:
             return (
                 f"`{name}` is {describe(operand)}: an array beside a QTensor must be one of "
                 f"{', '.join(ARRAY_DTYPES)}"
             )
-    if has_scale_per_term(lhs, rhs, contraction):
-        return (
-            f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: a scale changes with every term"
-        )
-    return overflow(lhs, rhs, contraction)
+    return None
 
 
 def dot_general(
@@ -88,7 +93,7 @@ def rhs_in_output(x: Shaped[Array, "*rhs"], contraction: Contraction) -> Shaped[
     return x.reshape(x.shape[:batch] + (1,) * len(c.lhs_free) + x.shape[batch : batch + free])
 
 
-def overflow(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> str | None:
+def overflow(lhs: Array | QTensor, rhs: Array | QTensor, terms: int) -> str | None:
     """Says that a sum of integer products could leave int32, as one of 133145 of int8 could."""
     largest = 1.0
     for q in (lhs, rhs):
@@ -96,9 +101,9 @@ def overflow(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contractio
             return None
         largest *= q.format.max if q.zero_point is None else q.format.max - q.format.lowest
     most = int((2**31 - 1) // largest)
-    if contraction.terms <= most:
+    if terms <= most:
         return None
-    return f"contracts {contraction.terms} terms: more than {most} can overflow int32"
+    return f"contracts {terms} terms: more than {most} can overflow int32"
 
 
 def integer_dot(
