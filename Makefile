@@ -31,9 +31,16 @@ test-tpu: .venv/dev,tpu-compile.stamp
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile $(ARGS)
 
 # The same of the NVIDIA compiler. Autotuning would run kernels on the GPU that is not there.
-test-gpu: .venv/dev,gpu-compile.stamp
+test-gpu: .venv-gpu/stamp
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 \
-	  $(BIN)/python -m pytest -m gpu_compile $(ARGS)
+	  .venv-gpu/bin/python -m pytest -m gpu_compile $(ARGS)
+
+# An environment of its own: where CUDA's plugin is installed, every program looks for a GPU and
+# says on stderr that there is none.
+.venv-gpu/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable ".[dev,gpu-compile]"
+	@touch $@
 
 # The variable stops the pyright wrapper from asking the network for a newer version.
 lint: .venv/dev.stamp

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from . import _xla
@@ -27,8 +28,9 @@ from ._groups import is_grouped
 from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale
 
-# Three digits of more rows than this take longer than decoding the weight, to float32 or bfloat16.
-_DIGIT_ROWS, _DIGIT_ROWS_BFLOAT16 = 16, 4
+# Three digits of more rows than this take longer than decoding the weight. Digits have the 8 or 11
+# bits of these dtypes and more to spare, but not the 24 of float32 for every entry of a row.
+_DIGIT_ROWS = {"bfloat16": 4, "float16": 16}
 _DEFAULT = (None, "default", jax.lax.Precision.DEFAULT)
 # From so many rows on XLA's dot of each group is faster, if the terms are stored first.
 _GROUPED_ROWS = 64
@@ -41,6 +43,8 @@ def refusal(
     reason = _xla.refusal(lhs, rhs, contraction)
     if reason is not None:
         return reason
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return "the mesh has explicit axes: XLA's own product has rules for how they are sharded"
     c = contraction
     if 0 in (*c.lhs_shape, *c.rhs_shape):
         return f"`lhs` has shape {c.lhs_shape} and `rhs` {c.rhs_shape}: there is nothing to do"
@@ -146,6 +150,6 @@ def _has_few_rows(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) ->
     """Whether an array has few rows, to be multiplied by a larger tensor of integers."""
     q, array, rows = (rhs, lhs, c.rows) if isinstance(rhs, QTensor) else (lhs, rhs, c.columns)
     assert isinstance(q, QTensor)
-    most = _DIGIT_ROWS_BFLOAT16 if array.dtype == jnp.bfloat16 else _DIGIT_ROWS
+    most = _DIGIT_ROWS.get(array.dtype.name, 0)
     integers = q.format.is_integer and q.zero_point is None
     return integers and rows <= most and c.terms <= MOST_TERMS

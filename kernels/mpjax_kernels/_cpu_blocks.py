@@ -15,6 +15,7 @@ from jaxtyping import Array, Shaped
 
 from ._cpu_matrices import Matrices
 from ._float8_bits import from_bits
+from ._varying import vary_like
 
 # The bytes of a decoded block. Where there are many rows the product takes most of the time, and
 # it is faster with larger blocks.
@@ -43,25 +44,35 @@ def blocked_dot(
     read = partial(_read, many, size=size, dtype=few.dtype, scaled=scaled)
     step = _by_columns if many.terms_last else _by_terms
     count = -(-many.values.shape[1] // size)
-    out = jnp.zeros((many.batch, few.shape[1], many.free), dtype)
+    out = vary_like(jnp.zeros((many.batch, few.shape[1], many.free), dtype), few, many.values)
+    if many.scale is not None and scaled:
+        out = vary_like(out, many.scale, many.zero_point)
     body = partial(step, few=few, many=many, read=read, size=size, count=count)
     out = jax.lax.fori_loop(np.int32(0), np.int32(many.batch * count), body, out)
     return out[:, :rows]
 
 
 def _by_columns(i, out, few, many, read, size, count):
-    b, start = i // count, jnp.minimum(i % count * size, many.free - size)
+    b, start = _split(i, count)
+    start = jnp.minimum(start * jnp.int32(size), jnp.int32(many.free - size))
     part = _dot(_at(few, b, 0, few.shape[1]), read(b, start), (1, 1), out.dtype)
     return jax.lax.dynamic_update_slice(out, part[None], (b, jnp.int32(0), start))
 
 
 def _by_terms(i, out, few, many, read, size, count):
-    b, start = i // count, i % count * size
+    b, start = _split(i, count)
+    start = start * jnp.int32(size)
     zero = jnp.int32(0)
     left = jax.lax.dynamic_slice(few, (b, zero, start), (1, few.shape[1], size))[0]
     part = _dot(left, read(b, start), (1, 0), out.dtype)
     total = _at(out, b, 0, out.shape[1]) + part
     return jax.lax.dynamic_update_slice(out, total[None], (b, zero, zero))
+
+
+def _split(i: Array, count: int) -> tuple[Array, Array]:
+    """`i` as the matrix and the block in it, in int32 even where JAX counts in int64."""
+    i, blocks = jnp.int32(i), jnp.int32(count)
+    return i // blocks, i % blocks
 
 
 def _dot(left: Array, right: Array, contract: tuple[int, int], dtype: DTypeLike) -> Array:
@@ -117,7 +128,7 @@ def _in_groups(
     if groups == 1:
         return block[None], _at(scales, b, 0, 1)[None]
     group, count = many.terms // groups, max(1, size * groups // many.terms)
-    part = _at(scales, b, start // group, count)
+    part = _at(scales, b, start // jnp.int32(group), count)
     return block.reshape(count, size // count, width), part[:, None]
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ._contraction import Contraction
 from ._qtensor import QTensor
+from ._varying import vary_like
 
 # Beyond this many partial results, 32 MiB of float32, the groups are added one after the other.
 _AT_ONCE = 2**23
@@ -43,7 +44,7 @@ def grouped_dot(
         return jnp.sum(product(lhs, rhs, _with_batch(one, lhs.shape, rhs.shape)), axis=0)
     total, _ = jax.lax.scan(
         lambda total, pair: (total + product(*pair, one), None),
-        jnp.zeros(c.result_shape, jnp.float32),
+        vary_like(jnp.zeros(c.result_shape, jnp.float32), lhs, rhs),
         (lhs, rhs),
     )
     return total

@@ -2,19 +2,31 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array
 
 from ._qtensor import QTensor, describe
+from ._varying import vary_like
 
 Operand = Array | QTensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An implementation with its static arguments: hashable, so that it is compiled once."""
+
+    function: Callable[..., Array]
+    static: tuple
+
+    def __call__(self, *operands: Operand) -> Array:
+        return self.function(*operands, *self.static)
 
 
 @dataclass(frozen=True)
@@ -57,27 +69,56 @@ def choose(
             that does runs on the platform.
     """
     names = check_names(table, implementation)
-    branches: dict[str, Callable[..., Array]] = {}
+    branches: dict[str, _Run] = {}
     reasons, everywhere = [], None
     for name in names:
         reason = table[name].refusal(*operands, *static)
-        run = partial(_run, table[name].run, static)
+        run = _Run(table[name].run, static)
         if reason is not None:
             reasons.append(f"{name!r}: {reason}")
         elif table[name].platforms:
-            branches |= {platform: run for platform in table[name].platforms} | branches
+            branches = {place: run for place in table[name].platforms} | branches
         else:
             everywhere = run
             break
-    if not branches:
-        if everywhere is None:
-            raise NotImplementedError(_no_implementation(operands, reasons))
-        return everywhere(*operands)
+    if everywhere is None and branches:
+        reasons.insert(0, f"{', '.join(map(repr, names))} runs on {' and '.join(branches)} only")
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands)):
+        return _now(branches, everywhere, operands, reasons)
+    if branches:
+        return _when_lowered(branches, everywhere, operands, reasons)
     if everywhere is None:
-        platforms = f"{', '.join(map(repr, names))} runs on {' and '.join(branches)} only"
+        raise NotImplementedError(_no_implementation(describe_all(operands), reasons))
+    return everywhere(*operands)
+
+
+def _now(
+    branches: Mapping[str, _Run],
+    everywhere: _Run | None,
+    operands: tuple[Operand, ...],
+    reasons: Sequence[str],
+) -> Array:
+    """Runs on values, on the platform where they are, compiled once for all calls like this."""
+    platform = _platform(operands)
+    run = branches.get(platform, everywhere)
+    if run is None:
+        place = platform if branches else None
+        raise NotImplementedError(_no_implementation(describe_all(operands), reasons, place))
+    return _compiled(run)(*operands)
+
+
+def _when_lowered(
+    branches: Mapping[str, _Run],
+    everywhere: _Run | None,
+    operands: tuple[Operand, ...],
+    reasons: Sequence[str],
+) -> Array:
+    """A branch for each platform, and for the others `everywhere`, or an error."""
+    others = everywhere
+    if others is None:
         result = jax.eval_shape(next(iter(branches.values())), *operands)
-        everywhere = partial(_refuse, (platforms, *reasons), describe_all(operands), result)
-    return jax.lax.platform_dependent(*operands, **branches, default=everywhere)
+        others = partial(_refuse, tuple(reasons), describe_all(operands), result)
+    return jax.lax.platform_dependent(*operands, **branches, default=others)
 
 
 def check_names(
@@ -102,20 +143,30 @@ def describe_all(operands: tuple[Operand, ...]) -> str:
     return " by ".join(map(describe, operands))
 
 
-def _run(run: Callable[..., Array], static: tuple, *operands: Operand) -> Array:
-    return run(*operands, *static)
+@lru_cache(maxsize=1024)
+def _compiled(run: _Run) -> Callable[..., Array]:
+    return jax.jit(run)
 
 
-def _no_implementation(operands: tuple[Operand, ...], reasons: Sequence[str]) -> str:
-    return f"no implementation allowed multiplies {describe_all(operands)}: {'; '.join(reasons)}"
+def _platform(operands: tuple[Operand, ...]) -> str:
+    """Where values are, by the names of `jax.lax.platform_dependent`."""
+    arrays = [leaf for leaf in jax.tree.leaves(operands) if isinstance(leaf, jax.Array)]
+    platform = next(iter(arrays[0].devices())).platform if arrays else jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
+
+
+def _no_implementation(operands: str, reasons: Sequence[str], platform: str | None = None) -> str:
+    where = "" if platform is None else f" on {platform}"
+    return f"no implementation allowed multiplies {operands}{where}: {'; '.join(reasons)}"
 
 
 def _refuse(
-    reasons: tuple[str, ...], operands: str, result: jax.ShapeDtypeStruct, *_: Operand
+    reasons: tuple[str, ...], named: str, result: jax.ShapeDtypeStruct, *operands: Operand
 ) -> Array:
-    return _refuse_p.bind(
-        reasons=reasons, operands=operands, shape=result.shape, dtype=np.dtype(result.dtype)
+    refused = _refuse_p.bind(
+        reasons=reasons, operands=named, shape=result.shape, dtype=np.dtype(result.dtype)
     )
+    return vary_like(refused, operands)
 
 
 # A primitive and not an exception, because every branch is traced: only when the program is
@@ -125,10 +176,7 @@ _refuse_p = Primitive("mpjax_kernels_refuse")
 
 @_refuse_p.def_impl
 def _refuse_eagerly(*, reasons: tuple[str, ...], operands: str, **_: Any) -> Array:
-    raise NotImplementedError(
-        f"no implementation allowed multiplies {operands} on {jax.default_backend()}: "
-        + "; ".join(reasons)
-    )
+    raise NotImplementedError(_no_implementation(operands, reasons, jax.default_backend()))
 
 
 @_refuse_p.def_abstract_eval
@@ -138,10 +186,7 @@ def _refuse_shape(*, shape: tuple[int, ...], dtype: np.dtype, **_: Any):
 
 def _refuse_lowering(ctx: Any, *, reasons: tuple[str, ...], operands: str, **_: Any):
     platforms = ctx.platforms or ctx.module_context.platforms
-    raise NotImplementedError(
-        f"no implementation allowed multiplies {operands} on {', '.join(platforms)}: "
-        + "; ".join(reasons)
-    )
+    raise NotImplementedError(_no_implementation(operands, reasons, ", ".join(platforms)))
 
 
 mlir.register_lowering(_refuse_p, _refuse_lowering)

@@ -72,8 +72,10 @@ def pack_unclipped(x: Float[Array, "*shape"], q: QTensor) -> UInt8[Array, " byte
     blocks = granularity_of(x.shape, q.scale.shape)
     split = jnp.abs(x.astype(jnp.float32).reshape(blocks.split))
     shape = [1 if a in blocks.reduced else size for a, size in enumerate(blocks.split)]
-    within = split <= q.format.max * q.scale.reshape(shape)
-    return jnp.packbits(within.reshape(-1))
+    # An entry of exactly the range is within it, however the scale was rounded; and what is not
+    # finite is not clipped: it stays visible in the gradient.
+    beyond = split > (1 + 2.0**-22) * q.format.max * q.scale.reshape(shape)
+    return jnp.packbits(~beyond.reshape(-1))
 
 
 def unpack_unclipped(bits: UInt8[Array, " bytes"], shape: tuple[int, ...]) -> Bool[Array, "*shape"]:

@@ -18,7 +18,7 @@ that is quantized, so that the saved values are multiplied as they are:
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from ._operand import (
 from ._qtensor import QTensor, describe
 from ._residual import fold, requantize, save
 from ._transposed import dlhs, drhs, onto_lhs, onto_rhs
+from ._varying import vary_like, varying_axes
 
 Scale = Float[Array, "..."] | None
 
@@ -108,12 +109,16 @@ def quantized_dot_general(
         the shape of the scale given, or of the scale that was found. They have no derivative.
 
     Raises:
-        TypeError: If an operand is a QTensor or not floating, or `preferred_element_type` is not.
+        TypeError: If an operand is a QTensor or not floating, `preferred_element_type` is not
+            floating, or an argument is of the wrong class.
         ValueError: If the shapes do not go together, a scale or a block does not fit, a stochastic
             format has no key, or an implementation is unknown.
         NotImplementedError: If no implementation allowed takes a product.
     """
     check_names(IMPLEMENTATIONS, implementation)
+    _check_class("formats", formats, DotFormats)
+    _check_class("scales", scales, DotScales | None)
+    _check_class("amax_probes", amax_probes, DotScales | None)
     left, right = _floating("lhs", lhs), _floating("rhs", rhs)
     names = implementation
     how = _How(
@@ -127,6 +132,7 @@ def quantized_dot_general(
     )
     if key is None and formats.is_stochastic:
         raise ValueError(f"{formats} rounds stochastically: give a `key`")
+    left, right = vary_like(left, right), vary_like(right, left)
     return _dot(how, left, right, scales or DotScales(), amax_probes or DotScales(), key)
 
 
@@ -214,14 +220,17 @@ def _observed(probe: Scale, g: Float[Array, "*out"], scale: Scale, operand: Oper
     """The amax of the gradient, as the cotangent of a probe."""
     if probe is None:
         return None
-    amax = amax_of(g, scale, operand)
-    if amax is None or amax.shape != probe.shape:
+    amax, shape = amax_of(g, scale, operand), jnp.shape(probe)
+    if amax is None or amax.shape != shape:
         found = "none, for it is not quantized" if amax is None else f"amaxes of {amax.shape}"
         raise ValueError(
-            f"a probe in `amax_probes` has shape {probe.shape}, but the gradient has {found}: "
+            f"a probe in `amax_probes` has shape {shape}, but the gradient has {found}: "
             "give zeros of that shape, or None"
         )
-    return amax.astype(probe.dtype)
+    # Under `shard_map` a probe that all devices share gets the amax of all of them.
+    shared = tuple(sorted(varying_axes(amax) - varying_axes(probe)))
+    amax = jax.lax.pmax(amax, shared) if shared else amax
+    return amax.astype(jnp.result_type(probe))
 
 
 def _keys(key: Array | None) -> dict[str, Array | None]:
@@ -230,6 +239,12 @@ def _keys(key: Array | None) -> dict[str, Array | None]:
     if key is None:
         return dict.fromkeys(names)
     return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+
+def _check_class(name: str, value: Any, expected: Any) -> None:
+    if not isinstance(value, expected):
+        kind = "a DotFormats" if expected is DotFormats else "a DotScales or None"
+        raise TypeError(f"`{name}` must be {kind}, got {value!r}")
 
 
 def _floating(name: str, operand: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -83,6 +83,7 @@ def ragged_dot(
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
         refuse_integer_result(left, right, preferred_element_type)
         return jax.lax.ragged_dot(left, right, sizes, precision, preferred_element_type)
+    sizes = sizes.astype(jnp.int32)  # which sums of them do not leave
     dtype = result_dtype(left, right, preferred_element_type)
     if 0 in (*left.shape, *right.shape):
         return jnp.zeros((left.shape[0], right.shape[2]), dtype)

@@ -20,6 +20,7 @@ from ._dot_general import IMPLEMENTATIONS, multiply
 from ._implementation import Operand
 from ._qtensor import QTensor, in_order
 from ._reference import dot_general as reference_dot_general
+from ._varying import vary_like
 
 # Those of dot_general that run on CPUs, but for its reference.
 _FAST = tuple(
@@ -100,7 +101,7 @@ def _loop(
         )
         return result, None
 
-    nothing = jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
+    nothing = vary_like(jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype), lhs, rhs, sizes)
     return jax.lax.scan(add_expert, nothing, (_per_expert(rhs), ends - sizes, ends))[0]
 
 

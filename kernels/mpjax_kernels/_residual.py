@@ -78,4 +78,6 @@ def fold(
         return g, other
     folded = g.astype(jnp.float32) * onto(expand_scale(other))
     one = jnp.ones((1,) * other.ndim, jnp.float32)
-    return folded.astype(g.dtype if how is None else jnp.float32), replace(other, scale=one)
+    # A scale can bring a float16 below what it holds, so that stays float32.
+    high = how is None and g.dtype != jnp.float16
+    return folded.astype(g.dtype if high else jnp.float32), replace(other, scale=one)

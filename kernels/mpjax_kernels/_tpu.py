@@ -17,6 +17,7 @@ from ._storage import spread
 from ._tpu_blocks import LANES, Blocks, fused_blocks
 from ._tpu_fused import fused_matmul
 from ._tpu_matmul import scaled_matmul
+from ._varying import varying_axes
 from ._xla import overflow
 
 _FORMATS = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
@@ -32,7 +33,8 @@ def refusal(
         name, array = ("rhs", rhs) if isinstance(lhs, QTensor) else ("lhs", lhs)
         return f"`{name}` is {describe(array)}: it multiplies two QTensors"
     reason = (
-        _operand_refusal("lhs", lhs, c.lhs_contract)
+        _shard_map_refusal(lhs, rhs)
+        or _operand_refusal("lhs", lhs, c.lhs_contract)
         or _operand_refusal("rhs", rhs, c.rhs_contract)
         or _pair_refusal(lhs.format, rhs.format)
     )
@@ -87,7 +89,8 @@ def fused_refusal(
     del dtype
     if format.name not in _ACTIVATION_FORMATS:
         return f"it quantizes to one of {', '.join(_ACTIVATION_FORMATS)}, not to {format.name}"
-    return refusal(jax.eval_shape(partial(quantize, format=format, axis=-1), x), w, contraction)
+    q = jax.eval_shape(partial(quantize, format=format, axis=-1), x)
+    return refusal(q, w, contraction)
 
 
 def fused(
@@ -123,6 +126,12 @@ def fused(
         interpret=interpret,
     )
     return result.reshape(c.result_shape).astype(dtype)
+
+
+def _shard_map_refusal(lhs: QTensor, rhs: QTensor) -> str | None:
+    if varying_axes(lhs, rhs):
+        return "inside `jax.shard_map` a Pallas kernel needs `check_vma=False`"
+    return None
 
 
 def _operand_refusal(name: str, q: QTensor, contract: tuple[int, ...]) -> str | None:
