@@ -120,8 +120,7 @@ def convolution(
             )
         image = [lhs_shape[a] for a in axes.lhs_spec[2:]]
         kernel = [rhs_shape[a] for a in axes.rhs_spec[2:]]
-        window = [(k - 1) * d + 1 if k else 0 for k, d in zip(kernel, apart, strict=True)]
-        padding = jax.lax.padtype_to_pads(image, window, strides, padding)
+        padding = _in_numbers(padding, image, kernel, strides, apart)
     result = Convolution(
         lhs_shape,
         rhs_shape,
@@ -135,6 +134,17 @@ def convolution(
     )
     _ = result.result_shape  # JAX checks the shapes when it infers that of the result
     return result
+
+
+def _in_numbers(
+    padding: str,
+    image: Sequence[int],
+    kernel: Sequence[int],
+    strides: tuple[int, ...],
+    apart: tuple[int, ...],
+) -> Sequence[tuple[int, int]]:
+    window = [(k - 1) * d + 1 if k else 0 for k, d in zip(kernel, apart, strict=True)]
+    return jax.lax.padtype_to_pads(image, window, strides, padding)
 
 
 def _per_axis(name: str, value: Sequence[int], ones: tuple[int, ...]) -> tuple[int, ...]:
