@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 
 import jax
@@ -328,3 +329,24 @@ def test_bad_arguments():
         conv(x, w, (1, 1), "SAME", (2, 2), **NHWC)
     with pytest.raises(TypeError, match="has a floating dtype, not int32"):
         conv(x, w, (1, 1), "SAME", **NHWC, preferred_element_type=jnp.int32)
+
+
+@pytest.mark.parametrize("padding", [1, (1, 1), ((1,), (1,)), ((1.0, 1.0),) * 2, None])
+def test_padding_that_is_no_pair_per_axis_is_refused(padding):
+    message = f"`padding` is {padding!r}: it must be 'SAME', 'SAME_LOWER', 'VALID' or the zeros "
+    message += "(before, after) per axis of space, as in ((1, 1), (1, 1))"
+    x, w = jnp.ones(PLAIN[0]), mk.quantize(jnp.ones(PLAIN[1]))
+    with pytest.raises(TypeError, match=re.escape(message)):
+        mk.conv_general_dilated(x, w, (1, 1), padding, **NHWC)
+
+
+@pytest.mark.parametrize("name", ["window_strides", "lhs_dilation", "rhs_dilation"])
+@pytest.mark.parametrize(
+    ("value", "error"), [(1, TypeError), ((1, 1.0), TypeError), ((1,), ValueError)]
+)
+def test_what_is_no_int_per_axis_is_refused(name, value, error):
+    arguments = {"window_strides": (1, 1), "padding": "SAME", **NHWC, name: value}
+    message = f"`{name}` is {value!r}: it must hold an int per axis of space, as in (1, 1)"
+    x, w = jnp.ones(PLAIN[0]), mk.quantize(jnp.ones(PLAIN[1]))
+    with pytest.raises(error, match=re.escape(message)):
+        mk.conv_general_dilated(x, w, **arguments)

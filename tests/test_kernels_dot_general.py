@@ -1,5 +1,6 @@
 """dot_general: exactness, conformance of its implementations, dispatch and refusals."""
 
+import re
 from functools import partial
 
 import jax
@@ -121,6 +122,11 @@ def test_a_named_implementation_never_falls_back():
     for unknown in ("cuda", ("xla", "cuda"), ()):
         with pytest.raises(ValueError, match=r"unknown .*: known are \[.*'reference', .*'xla'\]"):
             mk.matmul(x, jnp.ones((8, 5)), implementation=unknown)
+    message = r"must be a name, a sequence of names or None, got 3: known are \[.*'xla'\]"
+    with pytest.raises(TypeError, match=message):
+        mk.matmul(x, jnp.ones((8, 5)), implementation=3)
+    with pytest.raises(ValueError, match=r"unknown `implementation` \[\['xla'\]\]: known are"):
+        mk.matmul(x, r, implementation=[["xla"]])
 
 
 ELSEWHERE = sorted(set(IMPLEMENTATIONS) - set(HERE))
@@ -163,6 +169,19 @@ def test_dimension_numbers_are_checked():
         mk.dot_general(x, w, (((1, -1), (0, 1)), ((), ())))
     with pytest.raises(ValueError, match="pairs a different number of axes"):
         mk.dot_general(x, w, (((1,), ()), ((), ())))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [((1,), (0,)), ((1, 0), ((), ())), (((1,), (0,)),), (((1.0,), (0,)), ((), ())), None, 1],
+)
+def test_dimension_numbers_of_another_structure_are_refused(numbers):
+    message = (
+        f"`dimension_numbers` is {numbers}: it must be ((lhs_contracting, rhs_contracting), "
+        "(lhs_batch, rhs_batch)), each a sequence of ints, as in (((1,), (0,)), ((), ()))"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mk.dot_general(jnp.ones((3, 5)), mk.quantize(jnp.ones((5, 7))), numbers)
 
 
 @pytest.mark.parametrize("implementation", [None, *HERE])

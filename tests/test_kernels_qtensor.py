@@ -179,6 +179,13 @@ USES = {
     "1 - q": lambda q, x: 1 - q,
     "x * q": lambda q, x: x * q,
     "-q": lambda q, x: -q,
+    "+q": lambda q, x: +q,
+    "q % 2": lambda q, x: q % 2,
+    "2 % q": lambda q, x: 2 % q,
+    "q // 2": lambda q, x: q // 2,
+    "2 // q": lambda q, x: 2 // q,
+    "divmod(q, 2)": lambda q, x: divmod(q, 2),
+    "divmod(2, q)": lambda q, x: divmod(2, q),
     "q < 1": lambda q, x: q < 1,
     "float(q)": lambda q, x: float(q),
     "if q": lambda q, x: bool(q),
@@ -218,6 +225,16 @@ def test_validate_names_the_broken_invariant(values, scale, dtype, error, messag
     q = mk.QTensor(jnp.ones((6, 2), values), jnp.ones(scale, jnp.float32), np.dtype(dtype))
     with pytest.raises(error, match=message):
         mk.validate(q)
+
+
+@pytest.mark.parametrize("f", [mk.validate, mk.dequantize, lambda q: mk.contiguous(q, 0)])
+@pytest.mark.parametrize(
+    ("q", "name"),
+    [(np.ones((3, 4), np.float32), r"float32\[3,4\]"), ([1.0], "list"), (None, "NoneType")],
+)
+def test_what_is_no_qtensor_is_refused(f, q, name):
+    with pytest.raises(TypeError, match=f"^`q` must be a QTensor, got {name}: quantize it first$"):
+        f(q)
 
 
 def test_validate_wants_a_float32_scale_and_takes_every_granularity():

@@ -1,5 +1,7 @@
 """quantize and dequantize: error bounds, special numbers, dtypes and refusals."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import mpjax_kernels as mk
+from mpjax_kernels._formats import FORMATS
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -150,6 +153,51 @@ def test_refusals():
         mk.quantize(x, axis=(1, -1))
     with pytest.raises(TypeError, match="`dtype` must be floating to dequantize .* got int32"):
         mk.dequantize(mk.quantize(x), jnp.int32)
+
+
+@pytest.mark.parametrize("format", [["int8"], None, 8, 8.0])
+def test_a_format_of_another_type_is_refused(format):
+    message = f"`format` must be a name, a dtype or a Format, got {format!r}: known formats are ["
+    with pytest.raises(TypeError, match=re.escape(message)):
+        mk.quantize(jnp.ones(3), format)
+
+
+@pytest.mark.parametrize("group_size", [2.0, "2", (2.0,), (None,), True])
+def test_a_group_size_that_is_no_int_is_refused(group_size):
+    message = f"`group_size` must be an int or a sequence of ints, got {group_size!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        mk.quantize(jnp.ones(4), axis=0, group_size=group_size)
+
+
+@pytest.mark.parametrize("axis", [1.0, "1", (0, 1.0), np.array([1.0])])
+def test_an_axis_that_is_no_int_is_refused(axis):
+    message = f"`axis` must be an int or a sequence of ints, got {axis!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        mk.quantize(jnp.ones((2, 3)), axis=axis)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        mk.contiguous(mk.quantize(jnp.ones((2, 3))), axis)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_any_sequence_of_ints_names_axes_and_group_sizes(kind):
+    x = jnp.arange(24.0).reshape(4, 6)
+    q = mk.quantize(x, axis=kind([0, 1]), group_size=kind([2, 3]))
+    # The largest entry of a block is its last: rows 1 and 3, columns 2 and 5.
+    np.testing.assert_allclose(q.scale * 127, [[8, 11], [20, 23]], rtol=2.0**-23)
+    assert mk.quantize(x, axis=np.int64(1), group_size=np.int32(2)).scale.shape == (4, 3)
+
+
+def test_a_dtype_stands_for_the_format_of_its_name():
+    for format in FORMATS.values():
+        assert mk.get_format(getattr(jnp, format.name)) is format
+        assert mk.get_format(format.dtype) is format
+    assert mk.get_format(np.int8) is mk.int8
+    assert mk.quantize(jnp.ones(3), jnp.float8_e4m3fn).values.dtype == jnp.float8_e4m3fn
+    assert mk.DotFormats((jnp.int8, np.dtype("int8"))) == mk.DotFormats(("int8", "int8"))
+    with pytest.raises(ValueError, match=r"unknown `format` dtype\('int16'\): known formats are"):
+        mk.get_format(np.dtype("int16"))
+    with pytest.raises(ValueError, match="unknown `format` <class 'float'>: known formats are"):
+        mk.get_format(float)
 
 
 def test_formats_are_looked_up_by_name_or_given():

@@ -333,8 +333,15 @@ def test_what_is_wrong_is_said_before_any_work():
         mk.DotFormats(("int8", "int8"), "int8")
     with pytest.raises(ValueError, match="`out` must hold names of formats"):
         mk.DotFormats((8, "int8"))
-    for granularity in ("row", (1,), (0, 128), 128):
+    for granularity in ("row", (1,), (0, 128), 128, (True, 128), [1, 2.0], None):
         with pytest.raises(ValueError, match="unknown `granularity`"):
             mk.OperandFormat("int8", granularity)
     with pytest.raises(ValueError, match="`group_size` 128 does not divide axis 1 of size 8"):
         dot(x, w, mk.DotFormats((mk.OperandFormat("int8", (1, 128)), "int8")))
+
+
+def test_a_block_may_be_given_as_a_list():
+    block = mk.OperandFormat("int8", [1, 128])
+    assert block.granularity == (1, 128)
+    assert block == mk.OperandFormat("int8", (1, 128))
+    assert hash(block) == hash(mk.OperandFormat("int8", (1, 128)))

@@ -2,6 +2,9 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 
 def canonical_axes(
@@ -10,14 +13,32 @@ def canonical_axes(
     """The axes of `of` as non-negative ints, in their order; None is all of them.
 
     Raises:
+        TypeError: If one is no int.
         ValueError: If one is out of range or named twice.
     """
     if axis is None:
         return tuple(range(ndim))
-    axes = tuple(map(operator.index, axis if isinstance(axis, Sequence) else (axis,)))
+    axes = ints("axis", axis)
     if not all(-ndim <= a < ndim for a in axes):
         raise ValueError(f"`axis` is {axis}, but `{of}` has {ndim} axes")
     axes = tuple(a % ndim for a in axes)
     if len(set(axes)) != len(axes):
         raise ValueError(f"`axis` is {axis}, which names an axis of `{of}` twice")
     return axes
+
+
+def ints(name: str, value: Any) -> tuple[int, ...]:
+    """The argument `name`, an int or a sequence of ints, as a tuple.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    items = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(items, Sequence) or isinstance(items, str):
+        items = (items,)
+    try:
+        if any(isinstance(item, bool) for item in items):
+            raise TypeError
+        return tuple(map(operator.index, items))
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int or a sequence of ints, got {value!r}") from None

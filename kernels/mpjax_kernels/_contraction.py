@@ -86,9 +86,10 @@ def contraction(
     """Makes a `Contraction`, checking that the two shapes go together.
 
     Raises:
-        ValueError: If an axis is out of range or named twice, or two sizes differ.
+        ValueError: If `dimension_numbers` is built otherwise, an axis is out of range or
+            named twice, or two sizes differ.
     """
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_contract, rhs_contract, lhs_batch, rhs_batch = _four(dimension_numbers)
     left = _axes("lhs", lhs_shape, (*lhs_batch, *lhs_contract))
     right = _axes("rhs", rhs_shape, (*rhs_batch, *rhs_contract))
     batch = len(lhs_batch)
@@ -109,12 +110,25 @@ def contraction(
     )
 
 
+def _four(dimension_numbers: DimensionNumbers) -> list[tuple[int, ...]]:
+    """The contracted axes of both operands, then their batch axes."""
+    try:
+        (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+        parts = lhs_contract, rhs_contract, lhs_batch, rhs_batch
+        return [tuple(map(operator.index, axes)) for axes in parts]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`dimension_numbers` is {dimension_numbers}: it must be ((lhs_contracting, "
+            "rhs_contracting), (lhs_batch, rhs_batch)), each a sequence of ints, as in "
+            "(((1,), (0,)), ((), ())) for a matrix product"
+        ) from None
+
+
 def _axes(name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     ndim = len(shape)
-    result = tuple(map(operator.index, axes))
-    if not all(-ndim <= a < ndim for a in result):
-        raise ValueError(f"`dimension_numbers` asks for axes {result} of `{name}` of shape {shape}")
-    result = tuple(a % ndim for a in result)
+    if not all(-ndim <= a < ndim for a in axes):
+        raise ValueError(f"`dimension_numbers` asks for axes {axes} of `{name}` of shape {shape}")
+    result = tuple(a % ndim for a in axes)
     if len(set(result)) != len(result):
         raise ValueError(f"`dimension_numbers` names an axis of `{name}` twice: {result}")
     return result

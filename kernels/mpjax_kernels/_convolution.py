@@ -1,6 +1,7 @@
 """A convolution: which axes of two operands are what, and how the window moves."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -108,7 +109,9 @@ def convolution(
     """
     axes = jax.lax.conv_dimension_numbers(lhs_shape, rhs_shape, dimension_numbers)
     ones = (1,) * (len(lhs_shape) - 2)
-    before, apart = tuple(lhs_dilation or ones), tuple(rhs_dilation or ones)
+    strides = _per_axis("window_strides", window_strides, ones)
+    before = ones if lhs_dilation is None else _per_axis("lhs_dilation", lhs_dilation, ones)
+    apart = ones if rhs_dilation is None else _per_axis("rhs_dilation", rhs_dilation, ones)
     if isinstance(padding, str):
         if before != ones:
             raise ValueError(
@@ -117,14 +120,13 @@ def convolution(
             )
         image = [lhs_shape[a] for a in axes.lhs_spec[2:]]
         kernel = [rhs_shape[a] for a in axes.rhs_spec[2:]]
-        window = [(k - 1) * d + 1 if k else 0 for k, d in zip(kernel, apart, strict=True)]
-        padding = jax.lax.padtype_to_pads(image, window, window_strides, padding)
+        padding = _in_numbers(padding, image, kernel, strides, apart)
     result = Convolution(
         lhs_shape,
         rhs_shape,
         axes,
-        tuple(window_strides),
-        tuple((low, high) for low, high in padding),
+        strides,
+        _pairs(padding, ones),
         before,
         apart,
         feature_group_count,
@@ -132,3 +134,38 @@ def convolution(
     )
     _ = result.result_shape  # JAX checks the shapes when it infers that of the result
     return result
+
+
+def _in_numbers(
+    padding: str,
+    image: Sequence[int],
+    kernel: Sequence[int],
+    strides: tuple[int, ...],
+    apart: tuple[int, ...],
+) -> Sequence[tuple[int, int]]:
+    window = [(k - 1) * d + 1 if k else 0 for k, d in zip(kernel, apart, strict=True)]
+    return jax.lax.padtype_to_pads(image, window, strides, padding)
+
+
+def _per_axis(name: str, value: Sequence[int], ones: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        result = tuple(map(operator.index, value))
+    except TypeError:
+        result = None
+    if result is None or len(result) != len(ones):
+        error = TypeError if result is None else ValueError
+        raise error(f"`{name}` is {value!r}: it must hold an int per axis of space, as in {ones}")
+    return result
+
+
+def _pairs(
+    padding: Sequence[tuple[int, int]], ones: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((operator.index(low), operator.index(high)) for low, high in padding)
+    except (TypeError, ValueError):
+        example = tuple((one, one) for one in ones)
+        raise TypeError(
+            f"`padding` is {padding!r}: it must be 'SAME', 'SAME_LOWER', 'VALID' or the zeros "
+            f"(before, after) per axis of space, as in {example}"
+        ) from None

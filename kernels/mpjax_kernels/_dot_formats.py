@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import jax
 
-from ._formats import Format, get_format
+from ._formats import Format, FormatLike, get_format
 
-Granularity = Literal["tensor", "channel"] | tuple[int, int]
+Granularity = Literal["tensor", "channel"] | tuple[int, int] | list[int]
 
 
 @jax.tree_util.register_static
@@ -16,15 +16,16 @@ class OperandFormat:
     """How an operand is quantized before it is multiplied.
 
     Attributes:
-        format: A `Format`, or its name.
+        format: A `Format`, its name or its dtype.
         granularity: `"tensor"` is one scale; `"channel"` one for every entry of the axes that are
             not contracted (per row of an activation, per output channel of a weight);
             `(free, contracting)` one per block of that many neighbours along the last free and
             the last contracting axis: `(1, 128)` groups an activation, `(128, 128)` cuts a
-            weight into blocks.
+            weight into blocks. A list is kept as a tuple.
         stochastic: Whether to round stochastically; needs a `key`.
 
     Raises:
+        TypeError: If the format is no name, dtype or `Format`.
         ValueError: If the format or the granularity is unknown.
     """
 
@@ -34,6 +35,8 @@ class OperandFormat:
 
     def __post_init__(self):
         object.__setattr__(self, "format", get_format(self.format))
+        if isinstance(self.granularity, list):
+            object.__setattr__(self, "granularity", tuple(self.granularity))
         known = self.granularity in ("tensor", "channel")
         if not known and not _is_block(self.granularity):
             raise ValueError(
@@ -42,7 +45,7 @@ class OperandFormat:
             )
 
 
-Operand = OperandFormat | str | None
+Operand = OperandFormat | FormatLike | None
 Pair = tuple[Operand, Operand]
 Resolved = tuple[OperandFormat | None, OperandFormat | None]  # a pair, as `DotFormats` keeps it
 
@@ -58,8 +61,8 @@ class DotFormats:
         dlhs = g     @ rhs.T    formats in `dlhs`, (g, rhs)
         drhs = lhs.T @ g        formats in `drhs`, (lhs, g)
 
-    Each is an `OperandFormat`, the name of a format (per channel, rounding to nearest even), or
-    None, which keeps that operand of that product in high precision.
+    Each is an `OperandFormat`, a format as `get_format` takes it (per channel, rounding to
+    nearest even), or None, which keeps that operand of that product in high precision.
 
     A backward product multiplies `lhs` and `rhs` as the forward pass quantized them: they are
     saved in 8 bits and nothing else of them is. Where it names another format they are
@@ -105,7 +108,7 @@ def _is_block(granularity: Any) -> bool:
     return (
         isinstance(granularity, tuple)
         and len(granularity) == 2
-        and all(isinstance(size, int) and size > 0 for size in granularity)
+        and all(type(size) is int and size > 0 for size in granularity)
     )
 
 
@@ -115,7 +118,7 @@ def _pair(name: str, pair: Any) -> Resolved:
             f"`{name}` must be a pair of formats, one per operand, as in ('int8', 'int8'), "
             f"got {pair!r}"
         )
-    left, right = (OperandFormat(o) if isinstance(o, str | Format) else o for o in pair)
+    left, right = (OperandFormat(get_format(o)) if isinstance(o, FormatLike) else o for o in pair)
     for operand in (left, right):
         if operand is not None and not isinstance(operand, OperandFormat):
             raise ValueError(

@@ -78,14 +78,28 @@ FORMATS = {
 }
 
 
-def get_format(format: str | Format) -> Format:
+FormatLike = str | Format | np.dtype | type
+
+
+def get_format(format: FormatLike) -> Format:
     """Returns the format of that name; a `Format` is returned as it is.
 
+    Args:
+        format: A name such as `"int8"`, a `Format`, or the dtype of one: `jnp.int8`,
+            `np.dtype("int8")`.
+
     Raises:
-        ValueError: If no format has that name.
+        TypeError: If it is none of these.
+        ValueError: If no format has that name or dtype.
     """
     if isinstance(format, Format):
         return format
-    if format not in FORMATS:
+    if not isinstance(format, FormatLike):
+        raise TypeError(
+            f"`format` must be a name, a dtype or a Format, got {format!r}: "
+            f"known formats are {sorted(FORMATS)}"
+        )
+    name = format if isinstance(format, str) else np.dtype(format).name
+    if name not in FORMATS:
         raise ValueError(f"unknown `format` {format!r}: known formats are {sorted(FORMATS)}")
-    return FORMATS[format]
+    return FORMATS[name]

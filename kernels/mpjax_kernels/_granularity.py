@@ -1,11 +1,12 @@
 """Which entries of an array share a scale."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ._axes import canonical_axes
+from ._axes import canonical_axes, ints
 
-GroupSize = int | tuple[int, ...] | None
+GroupSize = int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Granularity:
 
 
 def granularity(
-    shape: tuple[int, ...], axis: int | tuple[int, ...] | None, group_size: GroupSize
+    shape: tuple[int, ...], axis: int | Sequence[int] | None, group_size: GroupSize
 ) -> Granularity:
     """The granularity that the arguments of `quantize` ask for.
 
     Raises:
+        TypeError: If an axis or a group size is no int.
         ValueError: If an axis is out of range or named twice, or a group size does not fit.
     """
     axes = canonical_axes(axis, len(shape))
@@ -89,7 +91,7 @@ def _check_divides(group: int, size: int, axis: int) -> None:
 def _group_sizes(axes: tuple[int, ...], group_size: GroupSize) -> tuple[int, ...]:
     if group_size is None:
         return (-1,) * len(axes)
-    sizes = group_size if isinstance(group_size, tuple) else (group_size,)
+    sizes = ints("group_size", group_size)
     if len(sizes) != len(axes):
         raise ValueError(
             f"`group_size` is {group_size} but `axis` has {len(axes)} axes {axes}: "

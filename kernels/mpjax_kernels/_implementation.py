@@ -127,13 +127,19 @@ def check_names(
     """The names that `implementation` stands for.
 
     Raises:
+        TypeError: If it is no name, sequence of names or None.
         ValueError: If one is not in the table.
     """
+    known = tuple(table)
     if implementation is None:
-        return tuple(table)
+        return known
+    if not isinstance(implementation, Sequence):
+        raise TypeError(
+            f"`implementation` must be a name, a sequence of names or None, got "
+            f"{implementation!r}: known are {sorted(table)}"
+        )
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    unknown = [name for name in names if name not in table]
-    if unknown or not names:
+    if not names or not all(name in known for name in names):
         raise ValueError(f"unknown `implementation` {implementation!r}: known are {sorted(table)}")
     return names
 

@@ -136,9 +136,10 @@ class QTensor:
 
     # NumPy and JAX ask for these when they meet a foreign object; an operator with a Python
     # number asks only the object itself.
-    __array__ = __jax_array__ = __iter__ = __neg__ = __abs__ = _refuse
+    __array__ = __jax_array__ = __iter__ = __neg__ = __pos__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __float__ = __int__ = _refuse
 
 
@@ -146,10 +147,12 @@ def validate(q: QTensor) -> None:
     """Checks what can be checked of a QTensor's invariants without looking at its numbers.
 
     Raises:
-        TypeError: If `values` has the dtype of no known format, `scale` is not float32,
-            `zero_point` not int8, or the logical dtype is not floating.
+        TypeError: If `q` is no QTensor, `values` has the dtype of no known format, `scale` is not
+            float32, `zero_point` not int8, or the logical dtype is not floating.
         ValueError: If the shape of `scale` or `zero_point`, or `layout`, does not fit `values`.
     """
+    if not isinstance(q, QTensor):
+        raise TypeError(f"`q` must be a QTensor, got {describe(q)}: quantize it first")
     if not is_layout(q.layout, q.ndim):
         raise ValueError(
             f"`layout` {q.layout} of a tensor of {q.ndim} axes must hold its trailing axes, each "
