@@ -218,3 +218,14 @@ def test_the_largest_float32_beside_a_zero_point_does_not_become_infinite(format
     x = jnp.float32([sign * LARGEST, -sign * levels * ulp])
     q = jax.jit(partial(mk.quantize, format=format, symmetric=False))(x)
     np.testing.assert_array_equal(mk.dequantize(q), [sign * LARGEST, 0])
+
+
+@pytest.mark.parametrize("other", [-1.0, -0.4 / 255, -0.3])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_what_spans_more_than_float32_is_restored_as_finite(format, other):
+    x = jnp.float32(LARGEST) * jnp.float32([1, other])
+    q = jax.jit(partial(mk.quantize, format=format, symmetric=False))(x)
+    restored = np.asarray(mk.dequantize(q), np.float64)
+    assert np.isfinite(restored).all()
+    # Where half a step more would be infinite, the step below is taken.
+    assert (np.abs(restored - np.asarray(x, np.float64)) <= 1.001 * float(q.scale[0])).all()

@@ -65,8 +65,9 @@ class DotFormats:
     nearest even), or None, which keeps that operand of that product in high precision.
 
     A backward product multiplies `lhs` and `rhs` as the forward pass quantized them: they are
-    saved in 8 bits and nothing else of them is. Where it names another format they are
-    dequantized and quantized anew, where it says None dequantized. An operand that `out` leaves in
+    saved in 8 bits and nothing else of them is. Where it names another format, or their scales vary
+    along both a contracted and a free axis in runs of fewer than 32, they are dequantized and
+    quantized anew; where it says None, dequantized. An operand that `out` leaves in
     high precision is saved in the format that the backward product names, or as it is.
 
     Raises:

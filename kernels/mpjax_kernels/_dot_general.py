@@ -52,8 +52,11 @@ def dot_general(
     Implementations, in the order they are tried:
 
     - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same
-      exact sums; one to four rows of an array by integers, the rows as integers of 23 bits; and
-      products in bfloat16 or float32 of a larger operand that is decoded block by block.
+      exact sums; a few rows of a 16-bit array by integers, the rows as integers of 23 bits (off by
+      2**-22 of their amax) unless `precision` asks for more; and products in bfloat16 or float32 of
+      a larger operand that is decoded block by block.
+    - `"gpu"`: on NVIDIA GPUs, two QTensors of integers or two of float8, as the one batched matrix
+      product that reaches their 8-bit tensor cores.
     - `"xla"`: what XLA multiplies as stored, on every platform. Two QTensors of integers
       accumulate exactly in int32, two of float8 in float32, one of each in bfloat16 products and
       float32 sums. An array keeps its dtype, the values of a QTensor beside it are converted to

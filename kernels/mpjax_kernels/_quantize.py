@@ -58,24 +58,31 @@ def quantize(
         zero_point = saturate(round(-2**(bits - 1) - low / scale))
         values     = saturate(round(x / scale + zero_point))
 
-    The error is at most `scale / 2` again, and zeros stay exact zeros.
+    The error is at most `scale / 2` again (`scale`, where entries and zero span nearly the range of
+    float32), and zeros stay exact zeros.
 
     Args:
         x: An array of any shape and any floating dtype.
-        format: The name of a format, or a `Format`.
+        format: The name of a format, a `Format`, or its storage dtype.
         axis: The axes that share a scale, as in `jnp.max(axis=...)`. For a weight [K, N],
             `axis=0` gives one scale per output channel; for an activation [M, K], `axis=1`
             gives one per row; `None` gives one for the whole tensor.
         group_size: How many neighbours along `axis` share a scale; None or -1 is all of them.
             With several axes, one size for each: `axis=(0, 1), group_size=(128, 128)` gives a
             scale per block of 128 x 128.
+        scale: A scale known before (static or delayed), in place of the one from the amax:
+            positive float32, of the rank of `x` with size 1, the size of `x` or a divisor of it
+            along each axis, or a scalar for the whole tensor. What lies beyond `format.max *
+            scale` saturates. `axis` and `group_size` are read off its shape.
+        symmetric: Whether zero is the value 0. If False, a zero point lets entries that are not
+            balanced about zero use the whole range of an integer format.
         key: A PRNG key (`jax.random.key`) rounds stochastically, with independent noise for every
             entry: on average `values * scale` is `x`. Give every tensor a key of its own. None
             rounds to nearest even.
 
     Returns:
-        A `QTensor` with `x.shape` and logical dtype `x.dtype`; its scale is float32, with
-        size 1 along `axis` and the size of `x` along the others.
+        A `QTensor` with `x.shape` and logical dtype `x.dtype`; its scale is float32, with size 1
+        (or one entry per group) along `axis` and the size of `x` along the others.
 
     Raises:
         TypeError: If `x` or `scale` is not floating.
@@ -195,7 +202,9 @@ def _quantize_asymmetric(
     finite = jnp.isfinite(scale)
     zero_point = jnp.where(finite, target.lowest - low / scale, 0.0)
     zero_point = jnp.clip(jnp.round(zero_point), target.lowest, target.max)
-    ratio = jnp.where(finite, split / scale + zero_point, 0.0)
+    # So many scales are finite; with fewer than 255 a number is off by a scale, not by half of one.
+    most = jnp.floor(_FLOAT32.max / scale)
+    ratio = jnp.where(finite, jnp.clip(split / scale, -most, most) + zero_point, 0.0)
     values = round_to(ratio, target, key, lowest=target.lowest).reshape(x.shape)
     return (
         values,
