@@ -29,7 +29,7 @@ class OperandFormat:
         ValueError: If the format or the granularity is unknown.
     """
 
-    format: str | Format
+    format: FormatLike
     granularity: Granularity = "channel"
     stochastic: bool = False
 

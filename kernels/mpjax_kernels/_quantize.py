@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
 from ._derivative import without_derivative
-from ._formats import Format, get_format
+from ._formats import Format, FormatLike, get_format
 from ._granularity import Granularity, GroupSize, granularity, granularity_of
 from ._qtensor import QTensor, describe, in_order, validate
 from ._rounding import round_to
@@ -28,7 +28,7 @@ _NO_DERIVATIVE = (
 
 def quantize(
     x: Float[ArrayLike, "*shape"],
-    format: str | Format = "int8",
+    format: FormatLike = "int8",
     *,
     axis: int | tuple[int, ...] | None = None,
     group_size: GroupSize = None,

@@ -14,7 +14,7 @@ from ._arguments import result_dtype
 from ._contraction import Contraction, contraction
 from ._derivative import without_derivative
 from ._dot_general import IMPLEMENTATIONS as PRODUCTS
-from ._formats import Format, get_format
+from ._formats import Format, FormatLike, get_format
 from ._implementation import Implementation, choose
 from ._layout import stored_axes
 from ._qtensor import QTensor, describe, validate
@@ -30,7 +30,7 @@ _NO_DERIVATIVE = (
 def quantized_matmul(
     x: Float[ArrayLike, "*batch k"],
     w: QTensor,
-    format: str | Format = "int8",
+    format: FormatLike = "int8",
     *,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
