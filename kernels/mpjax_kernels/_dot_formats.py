@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-from ._formats import Format, FormatLike, get_format
+from ._formats import FormatLike, get_format
 
 Granularity = Literal["tensor", "channel"] | tuple[int, int] | list[int]
 
