@@ -296,7 +296,10 @@ def test_dtypes_follow_the_operands(dtypes):
         assert out.dtype == jnp.result_type(*dtypes) and amaxes.lhs.dtype == jnp.float32
     out, _ = dot(x, w, INT8, preferred_element_type=jnp.float16)
     assert out.dtype == jnp.float16
-    loss = lambda x, w: jnp.sum(dot(x, w, INT8, preferred_element_type=jnp.float32)[0])  # noqa: E731
+
+    def loss(x, w):
+        return jnp.sum(dot(x, w, INT8, preferred_element_type=jnp.float32)[0])
+
     dlhs, drhs = jax.grad(loss, argnums=(0, 1))(x, w)
     assert (dlhs.dtype, drhs.dtype) == dtypes
 
