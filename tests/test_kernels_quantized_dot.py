@@ -225,8 +225,8 @@ def test_a_probe_comes_back_as_the_amax_of_the_gradient():
     np.testing.assert_array_equal(observed.dlhs, jnp.max(jnp.abs(g * (amaxes.rhs / 127))))
     np.testing.assert_array_equal(observed.drhs, jnp.max(jnp.abs(g * (amaxes.lhs / 127))))
     for probe, formats, found in (
-        (jnp.zeros(3), INT8, r"shape \(3,\), but the gradient has amaxes of \(\)"),
-        (jnp.float32(0), mk.DotFormats(INT8.out), "but the gradient has none"),
+        (jnp.zeros(3), INT8, r"shape \(3,\), but its operand has amaxes of \(\)"),
+        (jnp.float32(0), mk.DotFormats(INT8.out), "but its operand has none"),
     ):
         with pytest.raises(ValueError, match=found):
             jax.grad(loss, argnums=2, has_aux=True)(x, w, mk.DotScales(dlhs=probe), formats)

@@ -20,9 +20,9 @@ _FLOAT32 = jnp.finfo(jnp.float32)
 
 _NO_DERIVATIVE = (
     "quantize has no useful derivative: rounding is flat, so the gradient would be zero. "
-    "To train through quantized products use mpjax_kernels.quantized_dot_general (no policy of "
-    "mpjax does yet); differentiate the model before it is quantized, or, if no gradient is wanted "
-    "here, quantize jax.lax.stop_gradient(x)"
+    "To train through quantized products use mpjax_kernels.quantized_dot_general, or a policy of "
+    "mpjax; differentiate the model before it is quantized, or, if no gradient is wanted here, "
+    "quantize jax.lax.stop_gradient(x)"
 )
 
 
@@ -73,7 +73,8 @@ def quantize(
         scale: A scale known before (static or delayed), in place of the one from the amax:
             positive float32, of the rank of `x` with size 1, the size of `x` or a divisor of it
             along each axis, or a scalar for the whole tensor. What lies beyond `format.max *
-            scale` saturates. `axis` and `group_size` are read off its shape.
+            scale` saturates. A 0 stands for a scale that is not known yet: that from the amax.
+            `axis` and `group_size` are read off its shape.
         symmetric: Whether zero is the value 0. If False, a zero point lets entries that are not
             balanced about zero use the whole range of an integer format.
         key: A PRNG key (`jax.random.key`) rounds stochastically, with independent noise for every
@@ -178,10 +179,12 @@ def _quantize_with(
 ) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
     blocks = granularity_of(x.shape, scale.shape)
     split = x.astype(jnp.float32).reshape(blocks.split)
-    finite = jnp.all(jnp.isfinite(split), axis=blocks.reduced, keepdims=True)
-    scale = jnp.where(finite, scale.reshape(finite.shape), jnp.nan)
-    scale = jnp.where(scale > 0, jnp.maximum(scale, _FLOAT32.tiny), jnp.nan)
-    ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
+    amax = jnp.max(jnp.abs(split), axis=blocks.reduced, keepdims=True, initial=0.0)
+    scale = scale.reshape(amax.shape)
+    known = jnp.where(scale > 0, jnp.maximum(scale, _FLOAT32.tiny), jnp.nan)
+    scale = jnp.where(scale == 0, scale_of(amax, target), known)
+    ratio = jnp.where(jnp.isfinite(split) & jnp.isfinite(scale), split / scale, 0.0)
+    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
     return round_to(ratio, target, key).reshape(x.shape), scale.reshape(blocks.scales)
 
 

@@ -31,15 +31,12 @@ from ._contraction import Contraction, DimensionNumbers, contraction
 from ._dot_formats import DotFormats, Resolved
 from ._dot_general import IMPLEMENTATIONS, multiply
 from ._implementation import Operand, check_names
-from ._operand import (
-    Axes,
-    amax_of,
-    quantize_operand,
-)
+from ._operand import Axes, amax_of, quantize_operand
+from ._probe import cotangent
 from ._qtensor import QTensor, describe
 from ._residual import fold, requantize, save
 from ._transposed import dlhs, drhs, onto_lhs, onto_rhs
-from ._varying import vary_like, varying_axes
+from ._varying import vary_like
 
 Scale = Float[Array, "..."] | None
 
@@ -70,6 +67,7 @@ def quantized_dot_general(
     *,
     scales: DotScales | None = None,
     amax_probes: DotScales | None = None,
+    straight_through: bool = False,
     key: Array | None = None,
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
@@ -84,8 +82,9 @@ def quantized_dot_general(
         drhs = lhs.T @ g        quantized as `formats.drhs`
 
     Rounding is passed straight through, and what a given scale clips gets no gradient. The
-    forward pass saves the quantized operands and, where a scale is given, a bit per entry; under
-    `jax.checkpoint` their name is "quantization" (`save_only_these_names("quantization")`).
+    forward pass saves the quantized operands and, where a scale is given and clips, a bit per
+    entry; under `jax.checkpoint` their name is "quantization"
+    (`save_only_these_names("quantization")`).
 
     Args:
         lhs: A floating array.
@@ -93,10 +92,16 @@ def quantized_dot_general(
         dimension_numbers: As in `jax.lax.dot_general`.
         formats: A format for each operand of each of the three products.
         scales: Scales known before (static or delayed), each as `quantize` takes it; a None, or
-            None for all of them, is a scale from the amax of the operand at hand (current).
-        amax_probes: Zeros of the shapes of the amaxes of the gradient, in `dlhs` and `drhs`: the
-            cotangents of these zeros are the amaxes of the gradient as it meets each product,
-            after a scale has been folded in. A probe used in several products adds theirs up.
+            None for all of them, is a scale from the amax of the operand at hand (current), and so
+            is an entry of 0.
+        amax_probes: Zeros of the shapes of amaxes, whose cotangents are these amaxes: of the
+            operands as the forward pass quantized them, in `lhs` and `rhs`, and of the gradient
+            as it meets each product, after a scale has been folded in, in `dlhs` and `drhs`.
+            Where the gradient is zero throughout, so are the cotangents. A probe used in several
+            products adds theirs up, in its own dtype; one that `jax.vmap` does not map, or that
+            the devices of a `jax.shard_map` share, gets the largest over entries or devices.
+        straight_through: Whether what a given scale clips has a gradient all the same, as is
+            usual in training with delayed scaling. Otherwise it has none.
         key: A PRNG key for the operands whose format is stochastic, of which every one gets noise
             of its own.
         precision: As in `dot_general`, for all three products.
@@ -129,6 +134,7 @@ def quantized_dot_general(
         right.dtype,
         result_dtype(left, right, preferred_element_type),
         names if names is None or isinstance(names, str) else tuple(names),
+        straight_through,
     )
     if key is None and formats.is_stochastic:
         raise ValueError(f"{formats} rounds stochastically: give a `key`")
@@ -147,6 +153,7 @@ class _How:
     rhs_dtype: np.dtype
     dtype: np.dtype
     implementation: str | tuple[str, ...] | None
+    straight_through: bool
 
     @property
     def out(self) -> Resolved:
@@ -180,13 +187,17 @@ def _forward(how: _How, lhs, rhs, scales: DotScales, probes: DotScales, key):
     right = quantize_operand(rhs, how.out[1], rhs_axes, scales.rhs, keys["rhs"])
     out = how.multiply(left, right, c, how.dtype)
     amaxes = DotScales(amax_of(lhs, scales.lhs, left), amax_of(rhs, scales.rhs, right))
-    saved_lhs = save(lhs, left, how.drhs[0], lhs_axes, scales.lhs, keys["saved_lhs"])
-    saved_rhs = save(rhs, right, how.dlhs[1], rhs_axes, scales.rhs, keys["saved_rhs"])
-    return (out, amaxes), (saved_lhs, saved_rhs, scales, probes, keys)
+    clips = DotScales() if how.straight_through else scales
+    saved_lhs = save(lhs, left, how.drhs[0], lhs_axes, clips.lhs, keys["saved_lhs"])
+    saved_rhs = save(rhs, right, how.dlhs[1], rhs_axes, clips.rhs, keys["saved_rhs"])
+    seen = DotScales(
+        None if probes.lhs is None else amaxes.lhs, None if probes.rhs is None else amaxes.rhs
+    )
+    return (out, amaxes), (saved_lhs, saved_rhs, scales, probes, seen, keys)
 
 
 def _backward(how: _How, residuals, cotangents):
-    saved_lhs, saved_rhs, scales, probes, keys = residuals
+    saved_lhs, saved_rhs, scales, probes, seen, keys = residuals
     g, _ = cotangents  # the amaxes have no derivative
     to_lhs, to_rhs = dlhs(how.axes), drhs(how.axes)
 
@@ -196,7 +207,7 @@ def _backward(how: _How, residuals, cotangents):
     folded, rhs = fold(g, rhs, axes, partial(onto_lhs, c=c), how.dlhs[0])
     axes = Axes(c.lhs_contract, c.lhs_free)
     left = quantize_operand(folded, how.dlhs[0], axes, scales.dlhs, keys["dlhs"])
-    amax_dlhs = _observed(probes.dlhs, folded, scales.dlhs, left)
+    amax_dlhs = amax_of(folded, scales.dlhs, left)
     grad_lhs = how.multiply(left, rhs, c, how.lhs_dtype).transpose(to_lhs.order)
 
     c = to_rhs.contraction
@@ -205,32 +216,26 @@ def _backward(how: _How, residuals, cotangents):
     folded, lhs = fold(g, lhs, axes, partial(onto_rhs, c=c), how.drhs[1])
     axes = Axes(c.rhs_contract, c.rhs_free)
     right = quantize_operand(folded, how.drhs[1], axes, scales.drhs, keys["drhs"])
-    amax_drhs = _observed(probes.drhs, folded, scales.drhs, right)
+    amax_drhs = amax_of(folded, scales.drhs, right)
     grad_rhs = how.multiply(lhs, right, c, how.rhs_dtype).transpose(to_rhs.order)
 
-    no = jax.tree.map(jnp.zeros_like, probes)
-    observed = replace(no, dlhs=amax_dlhs, drhs=amax_drhs)
+    observed = _observed(probes, replace(seen, dlhs=amax_dlhs, drhs=amax_drhs), g)
     return saved_lhs.masked(grad_lhs), saved_rhs.masked(grad_rhs), None, observed, None
 
 
 _dot.defvjp(_forward, _backward)
 
 
-def _observed(probe: Scale, g: Float[Array, "*out"], scale: Scale, operand: Operand) -> Scale:
-    """The amax of the gradient, as the cotangent of a probe."""
-    if probe is None:
-        return None
-    amax, shape = amax_of(g, scale, operand), jnp.shape(probe)
-    if amax is None or amax.shape != shape:
-        found = "none, for it is not quantized" if amax is None else f"amaxes of {amax.shape}"
-        raise ValueError(
-            f"a probe in `amax_probes` has shape {shape}, but the gradient has {found}: "
-            "give zeros of that shape, or None"
-        )
-    # Under `shard_map` a probe that all devices share gets the amax of all of them.
-    shared = tuple(sorted(varying_axes(amax) - varying_axes(probe)))
-    amax = jax.lax.pmax(amax, shared) if shared else amax
-    return amax.astype(jnp.result_type(probe))
+def _observed(probes: DotScales, amaxes: DotScales, g: Float[Array, "*out"]) -> DotScales:
+    """The amaxes as cotangents of the probes; none of an operand whose product got no gradient."""
+    if probes.lhs is not None or probes.rhs is not None:
+        found = next((a for a in (amaxes.dlhs, amaxes.drhs) if a is not None), g)
+        used = jnp.any(found != 0)  # NaN is not zero
+        operands = DotScales(amaxes.lhs, amaxes.rhs)
+        operands = jax.tree.map(lambda amax: jnp.where(used, amax, 0.0), operands)
+        amaxes = replace(operands, dlhs=amaxes.dlhs, drhs=amaxes.drhs)
+    names = ("lhs", "rhs", "dlhs", "drhs")
+    return DotScales(*(cotangent(getattr(probes, n), getattr(amaxes, n)) for n in names))
 
 
 def _keys(key: Array | None) -> dict[str, Array | None]:
