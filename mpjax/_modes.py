@@ -11,7 +11,11 @@ from collections.abc import Sequence
 
 import jax
 
-_AVAILABLE = frozenset({"int8"})
+_AVAILABLE = frozenset(
+    {"int8", "int8_static", "int8_delayed", "float8", "float8_current", "float8/row"}
+)
+# What `scaling=`, the word of the training literature, says of the activations.
+_ACTIVATIONS = {"delayed": "delayed", "current": "dynamic", "static": "static"}
 _GROUPED = {"int4": "int4/<group_size>", "gptq": "gptq/4/<group_size>", "awq": "awq/4/<group_size>"}
 
 
@@ -23,9 +27,10 @@ class Mode:
     Attributes:
         name: The canonical mode string, such as `"int8_static"` or `"int4/128"`.
         weights: The storage format of the weights: `"int8"`, `"int4"` or `"float8_e4m3fn"`.
-        activations: When the scale of an activation is found. `"dynamic"`: at every call;
-            `"static"`: by calibration; `"delayed"`: from the amaxes of earlier steps; `"none"`:
-            activations stay in the compute dtype (weight-only).
+        activations: When the scale of an activation is found. `"dynamic"`: at every call, from
+            the activation at hand (current scaling); `"static"`: by calibration; `"delayed"`: from
+            the amaxes of earlier steps; `"none"`: activations stay in the compute dtype
+            (weight-only).
         granularity: What shares one scale. `"tensor"`; `"row"` (each row of the activations, each
             output channel of the weights); `"channel"` (each output channel of the weights, and
             each row of dynamic activations); `"group"` (`group_size` weights along the contracted
@@ -60,9 +65,11 @@ _VARIANTS = {
         Mode("int8", "int8", "dynamic", "channel"),
         Mode("int8_static", "int8", "static", "channel"),
         Mode("int8_weight_only", "int8", "none", "channel"),
+        Mode("int8_delayed", "int8", "delayed", "tensor"),
     ),
     "float8": (
         Mode("float8", "float8_e4m3fn", "delayed", "tensor"),
+        Mode("float8_current", "float8_e4m3fn", "dynamic", "tensor"),
         Mode("float8/row", "float8_e4m3fn", "dynamic", "row"),
         Mode("float8/128x128", "float8_e4m3fn", "dynamic", "128x128"),
     ),
@@ -83,6 +90,7 @@ def parse_mode(
     mode: str,
     *,
     activations: str | None = None,
+    scaling: str | None = None,
     granularity: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
@@ -92,6 +100,8 @@ def parse_mode(
     Args:
         mode: A mode string, such as `"int8"`, `"int8_static"`, `"int4/128"` or `"float8/row"`.
         activations: See `Mode.activations`; None leaves it to `mode`.
+        scaling: `"delayed"`, `"current"` or `"static"`: another way to give `activations`, for
+            which "current" is "dynamic".
         granularity: See `Mode.granularity`; None leaves it to `mode`.
         group_size: See `Mode.group_size`; None leaves it to `mode`.
         symmetric: See `Mode.symmetric`; None leaves it to `mode`.
@@ -103,8 +113,16 @@ def parse_mode(
         ValueError: If the mode is unknown, its group size or bits are not supported, or the
             keywords contradict it.
     """
+    if scaling is not None and scaling not in _ACTIVATIONS:
+        raise ValueError(f"`scaling` must be one of {(*_ACTIVATIONS,)}. Received: {scaling!r}")
+    wanted_activations = _ACTIVATIONS[scaling] if scaling is not None else activations
+    if activations not in (None, wanted_activations):
+        raise ValueError(
+            f"`scaling`={scaling!r} means activations={wanted_activations!r}, but "
+            f"activations={activations!r} was given too. Give one of them."
+        )
     keywords = {
-        "activations": activations,
+        "activations": wanted_activations,
         "granularity": granularity,
         "group_size": group_size,
         "symmetric": symmetric,
@@ -116,8 +134,11 @@ def parse_mode(
         for candidate in candidates
         if all(getattr(candidate, key) == value for key, value in wanted.items())
     ]
-    if matches and (matches[0] is candidates[0] or len(matches) == 1):
-        return matches[0]
+    # Without a word about the granularity it is the one that the mode has by itself.
+    alike = [match for match in matches if match.granularity == candidates[0].granularity]
+    for found in (alike, matches):
+        if found and (found[0] is candidates[0] or len(found) == 1):
+            return found[0]
     found = "does not support" if not matches else "is ambiguous with"
     raise ValueError(
         f"Quantization mode={mode!r} {found} {_call_style(wanted)}. Its variants are: "

@@ -1,18 +1,19 @@
-"""The quantized products that wrapped layers dispatch to: pure functions in dataclasses' clothing.
+"""The quantized products that wrapped layers dispatch to.
 
-A Dense, DenseGeneral or attention projection computes `y = x @ w`. Under an int8 policy (w8a8):
+A Dense, DenseGeneral, Conv or attention projection computes `y = x @ w`. Under a quantized policy:
 
-  x_q, x_s = quantize(x)   int8, one float32 scale per row: amax over the contracting axes / 127,
-                           taken anew at every call (dynamic), after the cast to the compute dtype
-  w_q, w_s = quantize(w)   int8, one float32 scale per output channel; done once by `mp.quantize`,
-                           or here when the weight still is a float array
-  y = (x_q @ w_q) * x_s * w_s     int8 x int8 accumulates in int32; scales after the dot, in float32
+  x_q, x_s = quantize(x)   int8 or E4M3, after the cast to the compute dtype; the scale is found in
+                           `x` (current scaling) or known before (delayed, static)
+  w_q, w_s = quantize(w)   from the master copy, or done once by `mp.quantize`
+  y = (x_q @ w_q) * x_s * w_s     accumulated in int32 or float32; scales after the dot, in float32
 
-The objects are frozen and hashable, because Flax hashes a layer's fields under `nn.jit`.
+The products of a float weight are differentiable (`_recipes.py` says in which formats); those of a
+weight that `mp.quantize` stored in int8 are not.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,170 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._context import Product, active
+from ._scaling import ScalingState
 
 Operand = jax.Array | mk.QTensor
 
-# All but "reference": int8 x int8 or an error, and never a float32 product in silence.
-_IN_INT8 = ("cpu", "gpu", "xla")
+# All but "reference": 8-bit operands or an error, and never a float32 product in silence.
+_IN_8_BITS = ("cpu", "gpu", "xla")
+
+
+class States(Protocol):
+    """Where a layer keeps the states of its operands, by the names in `_recipes.OPERANDS`."""
+
+    def read(self) -> Mapping[str, ScalingState]:
+        """The states; declares them where the layer is initialized."""
+        ...
+
+    def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
+        """Merges amaxes of the forward pass into the states, where these may change."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateless:
+    """The states of a layer that has none."""
+
+    def read(self) -> Mapping[str, ScalingState]:
+        """No state."""
+        return {}
+
+    def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
+        """Nothing to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _QuantizedProduct:
+    """What the products share.
+
+    Attributes:
+      compute_dtype: dtype of the result, unless `preferred_element_type` asks for another.
+      formats: of the product and its derivatives, for a weight that is not quantized yet.
+      states: the scales that are known before.
+      path: the layer's path, under which the product is reported to `observe`; None: not reported.
+    """
+
+    compute_dtype: str
+    formats: mk.DotFormats
+    states: States = Stateless()
+    path: str | None = None
+
+    def _trained(self, product: Any, *operands: Any, **options: Any) -> jax.Array:
+        """One of the differentiable products of `mpjax_kernels`, by the states' scales."""
+        states = self.states.read()
+        out, amaxes = product(
+            *operands,
+            formats=self.formats,
+            scales=_of_operands({name: state.scale for name, state in states.items()}),
+            amax_probes=_of_operands({name: state.probe for name, state in states.items()}, ""),
+            straight_through=True,
+            implementation=_IN_8_BITS,
+            **options,
+        )
+        found = {"input": amaxes.lhs, "kernel": amaxes.rhs}
+        self.states.observe({name: found[name] for name in states if name in found})
+        return out
+
+    def _result_dtype(self, preferred_element_type: Any) -> Any:
+        return jnp.dtype(preferred_element_type or self.compute_dtype)
+
+
+def _of_operands(values: Mapping[str, Any], drhs: str = "output_grad") -> mk.DotScales:
+    """Values of the operands as the kernels name them; the gradient is one tensor, in two products.
+
+    It needs two scales, and one probe.
+    """
+    gradient = values.get("output_grad")
+    return mk.DotScales(values.get("input"), values.get("kernel"), gradient, values.get(drhs))
+
+
+class QuantizedDotGeneral(_QuantizedProduct):
+    """`lax.dot_general(activation, kernel)` in 8 bits; the kernel an array or a `QTensor`."""
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: Operand,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """Same arguments as `jax.lax.dot_general`."""
+        _refuse_out_sharding(out_sharding)
+        (lhs_axes, rhs_axes), _ = dimension_numbers
+        _observe(self.path, rhs, tuple(rhs_axes))
+        options = {
+            "precision": precision,
+            "preferred_element_type": self._result_dtype(preferred_element_type),
+        }
+        if isinstance(rhs, mk.QTensor):
+            lhs_q = mk.quantize(lhs, "int8", axis=tuple(lhs_axes))
+            return mk.dot_general(
+                lhs_q, rhs, dimension_numbers, implementation=_IN_8_BITS, **options
+            )
+        return self._trained(mk.quantized_dot_general, lhs, rhs, dimension_numbers, **options)
+
+
+class QuantizedEinsum(_QuantizedProduct):
+    """`jnp.einsum(equation, activation, kernel)` in 8 bits; fields as `QuantizedDotGeneral`'s."""
+
+    def __call__(
+        self,
+        equation: str,
+        lhs: jax.Array,
+        rhs: Operand,
+        *,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """Same arguments as `jnp.einsum` with two operands, the second the kernel."""
+        _refuse_out_sharding(out_sharding)
+        lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
+        _observe(self.path, rhs, rhs_axes)
+        options = {
+            "precision": precision,
+            "preferred_element_type": self._result_dtype(preferred_element_type),
+        }
+        if isinstance(rhs, mk.QTensor):
+            lhs_q = mk.quantize(lhs, "int8", axis=lhs_axes)
+            return mk.einsum(equation, lhs_q, rhs, implementation=_IN_8_BITS, **options)
+        return self._trained(mk.quantized_einsum, equation, lhs, rhs, **options)
+
+
+class QuantizedConv(_QuantizedProduct):
+    """`lax.conv_general_dilated(activation, kernel)` in 8 bits; fields as the others'."""
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        window_strides: Any,
+        padding: Any,
+        lhs_dilation: Any = None,
+        rhs_dilation: Any = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """Same arguments as `jax.lax.conv_general_dilated`."""
+        _refuse_out_sharding(out_sharding)
+        return self._trained(
+            mk.quantized_conv_general_dilated,
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+            preferred_element_type=self._result_dtype(preferred_element_type),
+        )
 
 
 def _observe(path: str | None, kernel: Operand, contracting: tuple[int, ...]) -> None:
@@ -43,80 +203,8 @@ def _observe(path: str | None, kernel: Operand, contracting: tuple[int, ...]) ->
 def _refuse_out_sharding(out_sharding: Any) -> None:
     if out_sharding is not None:
         raise NotImplementedError(
-            f"`out_sharding` = {out_sharding} on an int8 layer is not built yet; constrain the "
+            f"`out_sharding` = {out_sharding} on a quantized layer is not built yet; constrain the "
             "output with `jax.lax.with_sharding_constraint`, or leave this layer unquantized"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8DotGeneral:
-    """`lax.dot_general(activation, kernel)` in int8; the kernel an array or an int8 `QTensor`.
-
-    Attributes:
-      compute_dtype: dtype of the result, unless `preferred_element_type` asks for another.
-      path: the layer's path, under which the product is reported to `observe`; None: not reported.
-    """
-
-    compute_dtype: str
-    path: str | None = None
-
-    def __call__(
-        self,
-        lhs: jax.Array,
-        rhs: Operand,
-        dimension_numbers: Any,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-        out_sharding: Any = None,
-    ) -> jax.Array:
-        """Same arguments as `jax.lax.dot_general`; int8 products are exact whatever `precision`."""
-        _refuse_out_sharding(out_sharding)
-        (lhs_axes, rhs_axes), _ = dimension_numbers
-        _observe(self.path, rhs, tuple(rhs_axes))
-        if not isinstance(rhs, mk.QTensor):
-            rhs = mk.quantize(rhs, "int8", axis=tuple(rhs_axes))
-        lhs_q = mk.quantize(lhs, "int8", axis=tuple(lhs_axes))
-        return mk.dot_general(
-            lhs_q,
-            rhs,
-            dimension_numbers,
-            precision=precision,
-            preferred_element_type=jnp.dtype(preferred_element_type or self.compute_dtype),
-            implementation=_IN_INT8,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Einsum:
-    """`jnp.einsum(equation, activation, kernel)` in int8; fields as `Int8DotGeneral`'s."""
-
-    compute_dtype: str
-    path: str | None = None
-
-    def __call__(
-        self,
-        equation: str,
-        lhs: jax.Array,
-        rhs: Operand,
-        *,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-        out_sharding: Any = None,
-    ) -> jax.Array:
-        """Same arguments as `jnp.einsum` with two operands, the second the kernel."""
-        _refuse_out_sharding(out_sharding)
-        lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
-        _observe(self.path, rhs, rhs_axes)
-        if not isinstance(rhs, mk.QTensor):
-            rhs = mk.quantize(rhs, "int8", axis=rhs_axes)
-        lhs_q = mk.quantize(lhs, "int8", axis=lhs_axes)
-        return mk.einsum(
-            equation,
-            lhs_q,
-            rhs,
-            precision=precision,
-            preferred_element_type=jnp.dtype(preferred_element_type or self.compute_dtype),
-            implementation=_IN_INT8,
         )
 
 
@@ -143,7 +231,7 @@ class PromoteAroundKernel:
         if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
             raise TypeError(
                 f"a layer with a quantized policy got {inputs.dtype} inputs of shape "
-                f"{inputs.shape}: an int8 product is real. Give the layer a float policy"
+                f"{inputs.shape}: an 8-bit product is real. Give the layer a float policy"
             )
         bias = None if bias is None else jnp.asarray(bias, self.dtype)
         return inputs.astype(self.dtype), kernel, bias

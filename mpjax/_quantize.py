@@ -8,6 +8,7 @@ from jax.core import Tracer
 
 import mpjax_kernels as mk
 
+from ._quantized_policy import QuantizedDTypePolicy
 from ._wrap import policies_of, wrapped_adapter_of
 
 
@@ -39,10 +40,18 @@ def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> An
       ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
         another model, are quantized already, or hold a NaN or an infinity (named by its path).
       TypeError: `model` is not a Flax module, or arguments are missing.
-      NotImplementedError: the model uses a kernel in a way that int8 cannot follow, such as a
+      NotImplementedError: a policy has another mode than `"int8"`, or the model uses a kernel in a way that int8 cannot follow, such as a
         weight normalization of it, or a stack of layers along another axis than the first.
     """
-    return wrapped_adapter_of(model).quantize(model, variables, *args, **kwargs)
+    adapter = wrapped_adapter_of(model)
+    for policy in policies_of(adapter.policy_of(model)):
+        if isinstance(policy, QuantizedDTypePolicy) and policy.mode != "int8":
+            raise NotImplementedError(
+                f"weights are stored in int8 only so far, but a policy of {type(model).__name__} "
+                f"is {policy!r}: it trains (weights are quantized at every call). Wrap the model "
+                "with 'int8_from_mixed_bfloat16' to store them"
+            )
+    return adapter.quantize(model, variables, *args, **kwargs)
 
 
 def nothing_to_quantize(model: str, policy: Any) -> ValueError:

@@ -8,6 +8,15 @@ import jax
 from ._loss_scale import LossScale
 from ._modes import Mode, parse_mode
 from ._policy import DTypePolicy, set_fields, source_fields
+from ._scaling import (
+    CurrentScaling,
+    DelayedScaling,
+    Scaling,
+    StaticScaling,
+    check_algorithm,
+    check_history_length,
+    check_margin,
+)
 
 
 @jax.tree_util.register_static
@@ -19,13 +28,18 @@ class QuantizedDTypePolicy(DTypePolicy):
     `("int8", activations="static")` and `"int8_static"` are the same policy.
 
     Args:
-        mode: `"int8"`, `"int8_static"`, `"int8_weight_only"`, `"int4/<group_size>"`, `"float8"`,
-            `"float8/row"`, `"float8/128x128"`, `"gptq/4/<group_size>"` or `"awq/4/<group_size>"`.
+        mode: `"int8"`, `"int8_static"`, `"int8_delayed"`, `"int8_weight_only"`,
+            `"int4/<group_size>"`, `"float8"`, `"float8_current"`, `"float8/row"`,
+            `"float8/128x128"`, `"gptq/4/<group_size>"` or `"awq/4/<group_size>"`.
         source_name: The name of the policy that is quantized, as in `DTypePolicy`.
         activations: `"dynamic"`, `"static"`, `"delayed"` or `"none"`; None leaves it to `mode`.
         granularity: What shares a scale, see `Mode`; None leaves it to `mode`.
         group_size: Weights per scale, -1 for all; None leaves it to `mode`.
         symmetric: False gives int4 a zero point. It is not part of the name.
+        scaling: `"delayed"`, `"current"` (the same as `activations="dynamic"`) or `"static"`; None
+            leaves it to `mode`.
+        margin: As in `DelayedScaling`; for delayed and static scaling. It is not part of the name.
+        amax_algorithm: `"max"` or `"most_recent"`, as in `DelayedScaling`. Not part of the name.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
 
@@ -49,6 +63,8 @@ class QuantizedDTypePolicy(DTypePolicy):
     symmetric: bool
     scheme: Mode
     amax_history_length: int = 1024
+    margin: float = 0
+    amax_algorithm: str = "max"
 
     _kind: ClassVar[str] = "quantized"
 
@@ -61,6 +77,9 @@ class QuantizedDTypePolicy(DTypePolicy):
         granularity: str | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        scaling: str | None = None,
+        margin: float = 0,
+        amax_algorithm: str = "max",
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
     ):
@@ -68,11 +87,14 @@ class QuantizedDTypePolicy(DTypePolicy):
         scheme = parse_mode(
             mode,
             activations=activations,
+            scaling=scaling,
             granularity=granularity,
             group_size=group_size,
             symmetric=symmetric,
         )
-        if scheme.name in ("int8", "int8_static") and source["compute_dtype"] == "float16":
+        check_margin(margin)
+        check_algorithm(amax_algorithm)
+        if scheme.name in ("int8", "int8_static", "int8_delayed") and source["compute_dtype"] == "float16":
             raise ValueError(
                 f"Quantization mode='{scheme.name}' doesn't work well with "
                 "compute_dtype='float16'. Use a bfloat16 or float32 source, such as "
@@ -80,18 +102,32 @@ class QuantizedDTypePolicy(DTypePolicy):
             )
         name = f"{scheme.name}_from_{source['source_name']}"
         set_fields(self, name=name, mode=scheme.name, scheme=scheme, **source)
-        set_fields(self, symmetric=scheme.symmetric)
+        set_fields(self, symmetric=scheme.symmetric, margin=margin, amax_algorithm=amax_algorithm)
 
     @property
     def quantization_mode(self) -> str:
         """The family of the mode: the part before the first slash, as in Keras."""
         return self.scheme.family
 
+    @property
+    def scaling(self) -> Scaling | None:
+        """Where the scales of activations come from; None for weight-only modes."""
+        if self.scheme.activations == "delayed":
+            return DelayedScaling(self.amax_history_length, self.margin, self.amax_algorithm)
+        if self.scheme.activations == "static":
+            return StaticScaling(self.margin)
+        if self.scheme.activations == "dynamic":
+            is_tensor = self.scheme.granularity == "tensor"
+            return CurrentScaling("tensor" if is_tensor else "channel")
+        return None
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
         config = {"mode": self.mode, "source_name": self.source_name}
         symmetric = {} if self.symmetric else {"symmetric": False}
-        return {**config, **symmetric, **self._source_config()}
+        margin = {} if self.margin == 0 else {"margin": self.margin}
+        algorithm = {"amax_algorithm": self.amax_algorithm} if self.amax_algorithm != "max" else {}
+        return {**config, **symmetric, **margin, **algorithm, **self._source_config()}
 
 
 @jax.tree_util.register_static
@@ -101,16 +137,20 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
 
     Delayed scaling takes the scale of a step from the amaxes of the steps before it:
 
-        scale = max(amax_history[:amax_history_length]) / format.max
+        scale = max(amax_history[:amax_history_length]) / format.max * 2**margin
 
     Args:
-        mode: `"float8"` (delayed scaling), `"float8/row"` or `"float8/128x128"`.
+        mode: `"float8"` (delayed scaling), `"float8_current"`, `"float8/row"` or
+            `"float8/128x128"`.
         source_name: As in `QuantizedDTypePolicy`.
         amax_history_length: Steps of history, at least 1.
         activations: As in `QuantizedDTypePolicy`.
         granularity: As in `QuantizedDTypePolicy`.
         group_size: As in `QuantizedDTypePolicy`.
         symmetric: As in `QuantizedDTypePolicy`.
+        scaling: As in `QuantizedDTypePolicy`.
+        margin: As in `QuantizedDTypePolicy`.
+        amax_algorithm: As in `QuantizedDTypePolicy`.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
 
@@ -135,6 +175,9 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         granularity: str | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        scaling: str | None = None,
+        margin: float = 0,
+        amax_algorithm: str = "max",
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
     ):
@@ -145,29 +188,20 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
             granularity=granularity,
             group_size=group_size,
             symmetric=symmetric,
+            scaling=scaling,
+            margin=margin,
+            amax_algorithm=amax_algorithm,
             loss_scale=loss_scale,
             output_dtype=output_dtype,
         )
-        if self.quantization_mode != "float8":
+        if not self.scheme.weights.startswith("float8"):
             raise ValueError(
                 f"QuantizedFloat8DTypePolicy takes a float8 mode. Received: mode={mode!r}. Use "
                 "QuantizedDTypePolicy for the other modes."
             )
-        _check_history_length(amax_history_length)
+        check_history_length(amax_history_length)
         set_fields(self, amax_history_length=amax_history_length)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
         return {**super().get_config(), "amax_history_length": self.amax_history_length}
-
-
-def _check_history_length(length: Any) -> None:
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(
-            "`amax_history_length` must be an integer. "
-            f"Received: amax_history_length={length!r} (of type {type(length)})"
-        )
-    if length <= 0:
-        raise ValueError(
-            f"`amax_history_length` must be at least 1. Received: amax_history_length={length}"
-        )

@@ -19,8 +19,11 @@ import jax.numpy as jnp
 from .._adapters import is_half
 from .._attention import linen_attention
 from .._cast import in_dtypes_of
-from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
+from .._products import PromoteAroundKernel, QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
+from .._products import Stateless
+from .._recipes import recipe_of
 from ._layer import Layer, author_dtype, lent
+from ._states import LayerStates
 
 Call = Callable[..., Any]
 Handler = Callable[[Layer, Call, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -64,7 +67,20 @@ def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str
         return call(*args, **kwargs)
 
 
-register(nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed, nn.PReLU)(default)
+register(nn.ConvLocal, nn.ConvTranspose, nn.Embed, nn.PReLU)(default)
+
+
+def product_fields(layer: Layer) -> dict[str, Any] | None:
+    """The fields of the quantized product of a layer; None where it multiplies as it is."""
+    recipe = recipe_of(layer.policy)
+    if recipe is None:
+        return None
+    return {
+        "compute_dtype": layer.policy.compute_dtype,
+        "formats": recipe.formats,
+        "states": LayerStates(layer, recipe) if recipe.states else Stateless(),
+        "path": layer.full_path,
+    }
 
 
 @register(nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
@@ -80,14 +96,31 @@ def _norm(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, 
 def _dot(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     module: Any = layer.module
     author = module.dot_general is not None or module.dot_general_cls is not None
-    if layer.policy.quantization_mode is None or author:
+    fields = product_fields(layer)
+    if fields is None or author:
         return default(layer, call, args, kwargs)
-    compute_dtype = layer.policy.compute_dtype
+    return _with_product(layer, call, args, kwargs, dot_general=QuantizedDotGeneral(**fields))
+
+
+@register(nn.Conv)
+def _conv(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    module: Any = layer.module
+    author = module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None
+    fields = product_fields(layer)
+    if fields is None or author:
+        return default(layer, call, args, kwargs)
+    return _with_product(layer, call, args, kwargs, conv_general_dilated=QuantizedConv(**fields))
+
+
+def _with_product(
+    layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], **product: Any
+) -> Any:
+    """Runs the layer with a quantized product, and its kernel as it is stored."""
     with lent(
-        module,
+        layer.module,
         param=layer.param(keeps=("kernel",)),
-        promote_dtype=PromoteAroundKernel(compute_dtype, variadic=True),
-        dot_general=Int8DotGeneral(compute_dtype, layer.full_path),
+        promote_dtype=PromoteAroundKernel(layer.policy.compute_dtype, variadic=True),
+        **product,
     ):
         return call(*args, **kwargs)
 
@@ -95,17 +128,19 @@ def _dot(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, A
 @register(nn.Einsum)
 def _einsum(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`nn.Einsum` has no door for another einsum, so its few lines are written out here."""
-    if layer.policy.quantization_mode is None or layer.method != "__call__":
+    fields = product_fields(layer)
+    if fields is None or layer.method != "__call__":
         return default(layer, call, args, kwargs)
-    return _quantized_einsum(layer, *args, **kwargs)
+    return _quantized_einsum(layer, QuantizedEinsum(**fields), *args, **kwargs)
 
 
-def _quantized_einsum(layer: Layer, inputs: Any, einsum_str: str | None = None) -> Any:
+def _quantized_einsum(
+    layer: Layer, einsum: QuantizedEinsum, inputs: Any, einsum_str: str | None = None
+) -> Any:
     module: Any = layer.module
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str).replace(" ", "")
     param = layer.param(keeps=("kernel",))
     kernel = param("kernel", module.kernel_init, module.shape, module.param_dtype)
-    einsum = Int8Einsum(layer.policy.compute_dtype, layer.full_path)
     inputs = jnp.asarray(inputs, layer.policy.compute_dtype)
     y = einsum(equation, inputs, kernel, preferred_element_type=module.preferred_element_type)
     if module.use_bias:

@@ -1,0 +1,252 @@
+"""Scaling: where the scale of a quantized operand comes from, and the state that it takes.
+
+  current   the amax of the operand at hand                                   no state
+  delayed   the amaxes of the steps before: a history, one amax per step      a `ScalingState`
+  static    the first amax that was observed, or calibrated, and kept         a `ScalingState`
+
+State is a pure pair. `observe` merges an amax into a state by maximum: of a microbatch, of a second
+call of a shared layer, of a device. `update` is called once per optimizer step:
+
+    amax_history = roll(amax_history, -1), amax_history[0] = observed
+    scale        = max(amax_history) / format.max * 2**margin
+
+The forward pass of step t so uses amaxes of steps before t. A scale of 0 stands for an empty
+history, for which the kernels take the current amax. What was observed as 0 (nothing ran, or no
+gradient came) or as not finite leaves the state as it was.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import mpjax_kernels as mk
+
+_ALGORITHMS = ("max", "most_recent")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CurrentScaling:
+    """The scale comes from the amax of the operand at hand: nothing is kept.
+
+    Attributes:
+      granularity: `"tensor"`, one scale per operand, or `"channel"`, one per row of an activation
+        and per output channel of a weight.
+    """
+
+    granularity: str = "tensor"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class DelayedScaling:
+    """The scale comes from the amaxes of the steps before, one scale per tensor.
+
+        scale = amax / format.max * 2**margin
+
+    Attributes:
+      amax_history_length: steps that the history looks back on, at least 1.
+      margin: powers of two by which the scale is larger than the amaxes ask for: room for the next
+        step's to grow.
+      algorithm: `"max"`, the largest of the history, or `"most_recent"`, its newest entry.
+
+    Raises:
+      TypeError: `amax_history_length` is not an integer, or `margin` not a number.
+      ValueError: one of them is out of range, or the algorithm is unknown.
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, 2022, https://arxiv.org/abs/2209.05433
+    """
+
+    amax_history_length: int = 1024
+    margin: float = 0
+    algorithm: str = "max"
+
+    def __post_init__(self):
+        check_history_length(self.amax_history_length)
+        check_margin(self.margin)
+        check_algorithm(self.algorithm)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class StaticScaling:
+    """The scale comes from the first update that has an amax, and stays.
+
+    Attributes:
+      margin: as in `DelayedScaling`.
+    """
+
+    margin: float = 0
+
+    def __post_init__(self):
+        check_margin(self.margin)
+
+
+Scaling = CurrentScaling | DelayedScaling | StaticScaling
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalingState:
+    """What is known of one operand of a layer; a stack of layers has leading axes.
+
+    Attributes:
+      amax_history: float32 [..., amax_history_length], the newest amax first; static: no entries.
+      scale: float32 [...], `x ~ values * scale`; 0 while nothing is known.
+      observed: float32 [...], the largest amax since the last update; 0 if there was none.
+      probe: zeros of the shape of `observed` while a loss is differentiated, whose cotangents are
+        amaxes (`mpjax.value_and_grad`); else None.
+      recipe: the `DelayedScaling` or `StaticScaling`.
+      format: name of the format that the operand is quantized to.
+      of_gradient: whether the operand is the gradient of a layer's output.
+    """
+
+    amax_history: Float[Array, "*layers steps"]
+    scale: Float[Array, "*layers"]
+    observed: Float[Array, "*layers"]
+    probe: Any = None
+    recipe: DelayedScaling | StaticScaling = dataclasses.field(metadata={"static": True})
+    format: str = dataclasses.field(metadata={"static": True})
+    of_gradient: bool = dataclasses.field(metadata={"static": True})
+
+
+def init_state(
+    recipe: DelayedScaling | StaticScaling,
+    format: str,
+    *,
+    of_gradient: bool = False,
+    layers: tuple[int, ...] = (),
+) -> ScalingState:
+    """A state that knows nothing yet.
+
+    Args:
+      recipe: how it will be updated.
+      format: name of the format of the operand.
+      of_gradient: whether the operand is a gradient.
+      layers: leading axes, for a stack of layers.
+    """
+    steps = recipe.amax_history_length if isinstance(recipe, DelayedScaling) else 0
+    return ScalingState(
+        amax_history=jnp.zeros((*layers, steps), jnp.float32),
+        scale=jnp.zeros(layers, jnp.float32),
+        observed=jnp.zeros(layers, jnp.float32),
+        recipe=recipe,
+        format=format,
+        of_gradient=of_gradient,
+    )
+
+
+def observe(state: ScalingState, amax: Float[Array, "*layers"]) -> ScalingState:
+    """`state` with one more amax, merged by maximum; neither history nor scale changes."""
+    return dataclasses.replace(state, observed=jnp.maximum(state.observed, amax))
+
+
+def update(state: ScalingState) -> ScalingState:
+    """The state of the next step: what was observed enters the history, and the scale follows.
+
+    What was observed as 0 or as not finite changes neither.
+    """
+    recipe, observed = state.recipe, state.observed
+    seen = jnp.isfinite(observed) & (observed > 0)
+    if isinstance(recipe, StaticScaling):
+        history, amax = state.amax_history, observed
+        seen &= state.scale == 0
+    else:
+        rolled = jnp.roll(state.amax_history, -1, axis=-1).at[..., 0].set(observed)
+        history = jnp.where(seen[..., None], rolled, state.amax_history)
+        amax = history[..., 0] if recipe.algorithm == "most_recent" else jnp.max(history, axis=-1)
+    scale = scale_from(amax, state.format, recipe.margin)
+    return dataclasses.replace(
+        state,
+        amax_history=history,
+        scale=jnp.where(seen, scale, state.scale),
+        observed=jnp.zeros_like(observed),
+    )
+
+
+def scale_from(
+    amax: Float[Array, "*layers"], format: str, margin: float
+) -> Float[Array, "*layers"]:
+    """`amax / format.max * 2**margin`, kept among the normal float32 numbers."""
+    limits, largest = jnp.finfo(jnp.float32), mk.get_format(format).max
+    scale = amax / largest * 2.0**margin
+    return jnp.clip(scale, limits.tiny, limits.max / largest / 2)
+
+
+def update_scaling(tree: Any) -> Any:
+    """Updates every `ScalingState` in a tree; the rest of it stays as it is.
+
+    For loops without `TrainState`, once per optimizer step: `variables = update_scaling(variables)`
+    with variables whose states have observed (`apply(..., mutable=["scaling"])`, or
+    `observe_scaling`).
+
+    Args:
+      tree: any pytree, such as Linen's variables or the collection `scaling`.
+
+    Returns:
+      A tree of the same structure.
+    """
+    return map_states(update, tree)
+
+
+def observe_scaling(tree: Any, observed: Any) -> Any:
+    """Merges amaxes, such as `Gradients.observed`, into the states of a tree by maximum.
+
+    Args:
+      tree: a tree of `ScalingState`s, such as the collection `scaling`.
+      observed: the same tree with an amax, float32, in the place of each state.
+
+    Returns:
+      The tree with states that have observed more.
+    """
+    return map_states(observe, tree, observed)
+
+
+def is_state(x: Any) -> bool:
+    """Whether `x` is a `ScalingState`."""
+    return isinstance(x, ScalingState)
+
+
+def map_states(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` over the states of a tree; other leaves stay as they are."""
+
+    def each(leaf: Any, *rest: Any) -> Any:
+        return function(leaf, *rest) if is_state(leaf) else leaf
+
+    return jax.tree.map(each, tree, *others, is_leaf=is_state)
+
+
+def check_history_length(length: Any) -> None:
+    """Raises TypeError or ValueError for what cannot be the length of a history."""
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(
+            "`amax_history_length` must be an integer. "
+            f"Received: amax_history_length={length!r} (of type {type(length)})"
+        )
+    if length <= 0:
+        raise ValueError(
+            f"`amax_history_length` must be at least 1. Received: amax_history_length={length}"
+        )
+
+
+def check_margin(margin: Any) -> None:
+    """Raises TypeError or ValueError for what cannot be a margin."""
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise TypeError(f"`margin` must be a number. Received: margin={margin!r}")
+    if not -64 <= margin <= 64:  # NaN is not
+        raise ValueError(
+            f"`margin` is a power of two between -64 and 64. Received: margin={margin}"
+        )
+
+
+def check_algorithm(algorithm: Any) -> None:
+    """Raises ValueError for an unknown way to read a history."""
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(
+            f"`amax_algorithm` must be one of {_ALGORITHMS}. Received: amax_algorithm={algorithm!r}"
+        )

@@ -1,0 +1,84 @@
+"""The scaling states of a Linen layer: variables of the collection `scaling`, beside `params`.
+
+    variables["scaling"]["encoder"]["Dense_0"]["kernel"]    a `ScalingState`
+
+A forward pass reads them. It writes what it observed, and nothing else, if the caller made the
+collection mutable; an update is the training loop's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from .._recipes import Recipe
+from .._scaling import ScalingState, init_state, observe
+from ._layer import Layer
+
+COLLECTION = "scaling"
+
+
+class LayerStates:
+    """`mpjax._products.States` of a bound layer."""
+
+    def __init__(self, layer: Layer, recipe: Recipe):
+        self._layer, self._recipe = layer, recipe
+
+    def read(self) -> Mapping[str, ScalingState]:
+        """The states; declares them where the collection may change."""
+        return {name: self._variable(name).value for name, _, _ in self._recipe.states}
+
+    def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
+        """Merges amaxes into the variables, if their collection is mutable."""
+        module = self._layer.module
+        if not module.is_mutable_collection(COLLECTION) or module.is_initializing():
+            return
+        for name, amax in amaxes.items():
+            variable = self._variable(name)
+            variable.value = observe(variable.value, jax.lax.stop_gradient(amax))
+
+    def _variable(self, name: str) -> Any:
+        module = self._layer.module
+        if not module.has_variable(COLLECTION, name):
+            self._require_mutable()
+        [(recipe, format)] = [(r, f) for operand, r, f in self._recipe.states if operand == name]
+        of_gradient = name == "output_grad"
+        own_variable = type(module).variable
+        variable = own_variable(
+            module,
+            COLLECTION,
+            name,
+            lambda: init_state(recipe, format, of_gradient=of_gradient),
+        )
+        self._check(name, variable.value, recipe, format)
+        return variable
+
+    def _require_mutable(self) -> None:
+        module, path = self._layer.module, self._layer.full_path
+        if module.is_mutable_collection(COLLECTION):
+            return
+        scaling = self._layer.policy.name
+        if module.is_initializing():
+            raise ValueError(
+                f"layer '{path}' keeps scaling state ({scaling}), but its collection 'scaling' is "
+                "not lifted: add it to the nn.scan or nn.vmap around the layer, "
+                "variable_axes={'params': 0, 'scaling': 0} for layers with parameters of their "
+                "own, variable_broadcast=('params', 'scaling') for shared ones (nn.vmap: "
+                "variable_axes={'params': None, 'scaling': None}). Or train with current scaling, "
+                "which keeps no state: scaling='current'"
+            )
+        raise ValueError(
+            f"layer '{path}' keeps scaling state ({scaling}), but the variables have none for it: "
+            "pass all that `init` returned, {'params': ..., 'scaling': ...}, and lift the "
+            "collection 'scaling' where nn.scan or nn.vmap lift 'params'. For weights that were "
+            "trained without, mp.init_scaling(model, variables, x) adds it"
+        )
+
+    def _check(self, name: str, state: Any, recipe: Any, format: str) -> None:
+        known = (state.recipe, state.format) if isinstance(state, ScalingState) else None
+        if known != (recipe, format):
+            raise ValueError(
+                f"the scaling state of '{self._layer.full_path}/{name}' was made for {known}, but "
+                f"the policy of the layer asks for {(recipe, format)}: make a new one with "
+                "mp.init_scaling(model, {'params': ...}, x)"
+            )
