@@ -88,11 +88,14 @@ class DynamicLossScale:
 
     def update(self, state: LossScaleState, finite: Bool[Array, ""]) -> LossScaleState:
         """Returns the state after a step, which `finite` says had finite gradients or not."""
+        # XLA multiplies by the reciprocal of a constant: `scale / 1.7` would have other bits under
+        # jit than outside. Behind the barrier the factor is no constant.
+        factor = jax.lax.optimization_barrier(jnp.float32(self.factor))
         counted = state.finite_steps + 1
         grow = counted >= self.period
-        grown = state.scale * np.float32(self.factor)
+        grown = state.scale * factor
         grown = jnp.where(grow & jnp.isfinite(grown), grown, state.scale)
-        shrunk = jnp.maximum(state.scale / np.float32(self.factor), np.float32(self.min_scale))
+        shrunk = jnp.maximum(state.scale / factor, np.float32(self.min_scale))
         return LossScaleState(
             scale=jnp.where(finite, grown, shrunk),
             finite_steps=jnp.where(finite & ~grow, counted, 0),

@@ -1,8 +1,8 @@
 """The loss scale that training carries: a number, a count, and pure functions of both.
 
-    scaled gradients = grad(state.scale_loss(loss))
-    gradients        = state.unscale(scaled gradients)      by the same `state`: only then is the
-    state            = state.update(all_finite(gradients))  scale that unscales the one that scaled
+scaled gradients = grad(state.scale_loss(loss))
+gradients        = state.unscale(scaled gradients)      by the same `state`: only then is the
+state            = state.update(all_finite(gradients))  scale that unscales the one that scaled
 """
 
 from __future__ import annotations

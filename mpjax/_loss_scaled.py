@@ -63,7 +63,7 @@ def loss_scaled(
 
     Args:
         optimizer: Any optax optimizer or chain. Put clipping inside, since a norm of scaled
-            gradients means nothing.
+            gradients means nothing, and `optax.MultiSteps` too: see `loss_scale_of`.
         loss_scale: `"dynamic"`, a number of at least 1, None, or a loss scale.
 
     Returns:
@@ -115,8 +115,18 @@ def loss_scale_of(opt_state: Any) -> LossScaleState:
     """Returns the one `LossScaleState` in an optimizer's state, however deep in a chain it is.
 
     Raises:
-        ValueError: If there is none, or more than one.
+        ValueError: If there is none, or more than one, or if it is inside an `optax.MultiSteps`.
+            That clears its accumulator by multiplying it by 0, and 0 * Inf is NaN: from the first
+            overflow on, which a dynamic scale brings about sooner or later, every step would be
+            skipped. `mp.loss_scaled(multi_steps.gradient_transformation())` leaves out just the
+            microbatch that overflowed.
     """
+    if any(_loss_scales_in(state) for state in _instances(opt_state, optax.MultiStepsState)):
+        raise ValueError(
+            "`opt_state` holds a loss scale inside the state of an optax.MultiSteps, whose "
+            "accumulator stays NaN after one overflow. Write mp.loss_scaled(optax.MultiSteps(...)"
+            ".gradient_transformation()) instead."
+        )
     found = _loss_scales_in(opt_state)
     if len(found) != 1:
         raise ValueError(
@@ -167,5 +177,9 @@ class LossScaledUpdate:
 
 
 def _loss_scales_in(tree: Any) -> list[LossScaleState]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LossScaleState))
-    return [x for x in leaves if isinstance(x, LossScaleState)]
+    return _instances(tree, LossScaleState)
+
+
+def _instances(tree: Any, kind: type) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
