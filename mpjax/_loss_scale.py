@@ -242,9 +242,10 @@ def _finite_float(name: str, value: Any) -> float:
         )
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite. Received: {value!r}")
-    if abs(value) > _FLOAT32_MAX:
+    number = float(value)
+    if abs(number) > _FLOAT32_MAX:
         raise ValueError(f"`{name}` must be finite in float32. Received: {value!r}")
-    return float(value)
+    return number
 
 
 def _rename(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

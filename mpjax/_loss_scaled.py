@@ -138,12 +138,12 @@ def loss_scale_of(opt_state: Any) -> LossScaleState:
 
 @dataclasses.dataclass(frozen=True)
 class _Init:
-    """`init` of a loss-scaled optimizer."""
+    """`init` of a loss-scaled optimizer: a `LossScaledState` of parameters."""
 
     inner: optax.GradientTransformation
     loss_scale: LossScale
 
-    def __call__(self, params: Any) -> LossScaledState:
+    def __call__(self, params: Any) -> Any:
         inner_state = self.inner.init(widen_float16(params))
         if _loss_scales_in(inner_state):
             raise ValueError(f"A part of `optimizer` {_TWICE}")
@@ -162,8 +162,8 @@ class LossScaledUpdate:
     loss_scale: LossScale
 
     def __call__(
-        self, updates: Any, state: LossScaledState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, LossScaledState]:
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         grads = state.loss_scale.unscale(updates)
         finite = all_finite(grads)
         updates, inner_state = guarded_update(
