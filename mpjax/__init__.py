@@ -12,7 +12,14 @@ from ._global_policy import dtype_policy_scope as dtype_policy_scope
 from ._global_policy import set_dtype_policy as set_dtype_policy
 from ._layer_policies import layer_policies as layer_policies
 from ._loss_scale import DynamicLossScale as DynamicLossScale
+from ._loss_scale import NoLossScale as NoLossScale
 from ._loss_scale import StaticLossScale as StaticLossScale
+from ._loss_scale_state import LossScaleState as LossScaleState
+from ._loss_scale_state import all_finite as all_finite
+from ._loss_scaled import LossScaledState as LossScaledState
+from ._loss_scaled import is_loss_scaled as is_loss_scaled
+from ._loss_scaled import loss_scale_of as loss_scale_of
+from ._loss_scaled import loss_scaled as loss_scaled
 from ._modes import Mode as Mode
 from ._modes import modes as modes
 from ._policy import DTypePolicy as DTypePolicy

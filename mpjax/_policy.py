@@ -14,7 +14,7 @@ import jax
 
 from ._ambient import current_source_name
 from ._dtype_names import dtype_name, parse_policy_name
-from ._loss_scale import LossScale, get_loss_scale, serialize_loss_scale
+from ._loss_scale import LossScale, NoLossScale, get_loss_scale, serialize_loss_scale
 
 
 @jax.tree_util.register_static
@@ -32,7 +32,7 @@ class DTypePolicy:
             `"params=float32,compute=bfloat16,output=float32"`. None takes the name of the global
             policy; of its unquantized source if that is quantized, of its default if it is a map.
         loss_scale: `"auto"` (dynamic for `"mixed_float16"`, else None), `"dynamic"`, a number, a
-            `DynamicLossScale`, a `StaticLossScale`, or None.
+            `DynamicLossScale`, a `StaticLossScale`, a `NoLossScale`, or None.
         output_dtype: What the outermost call returns. None is `compute_dtype`.
 
     Attributes:
@@ -131,7 +131,7 @@ def source_fields(name: str | None, loss_scale: Any, output_dtype: Any) -> dict[
     source = parse_policy_name(current_source_name() if name is None else name)
     if isinstance(loss_scale, str) and loss_scale == "auto":
         loss_scale = _auto_loss_scale(source.name)
-    elif loss_scale is not None and source.compute != "float16":
+    elif source.compute != "float16" and not isinstance(loss_scale, NoLossScale | None):
         warnings.warn(
             "Creating a Policy with a loss scale is only useful for float16 policies. You passed "
             f"loss_scale={loss_scale!r} for policy {source.name}. Consider not passing any "
