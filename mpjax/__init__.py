@@ -7,9 +7,12 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from ._accumulate import accumulate_gradients as accumulate_gradients
 from ._global_policy import dtype_policy as dtype_policy
 from ._global_policy import dtype_policy_scope as dtype_policy_scope
 from ._global_policy import set_dtype_policy as set_dtype_policy
+from ._gradients import Gradients as Gradients
+from ._gradients import value_and_grad as value_and_grad
 from ._layer_policies import layer_policies as layer_policies
 from ._loss_scale import DynamicLossScale as DynamicLossScale
 from ._loss_scale import NoLossScale as NoLossScale
@@ -29,9 +32,16 @@ from ._policy_map import FrozenDTypePolicyMap as FrozenDTypePolicyMap
 from ._quantize import quantize as quantize
 from ._quantized_policy import QuantizedDTypePolicy as QuantizedDTypePolicy
 from ._quantized_policy import QuantizedFloat8DTypePolicy as QuantizedFloat8DTypePolicy
+from ._scaling import CurrentScaling as CurrentScaling
+from ._scaling import DelayedScaling as DelayedScaling
+from ._scaling import ScalingState as ScalingState
+from ._scaling import StaticScaling as StaticScaling
+from ._scaling import observe_scaling as observe_scaling
+from ._scaling import update_scaling as update_scaling
 from ._serialize import deserialize as deserialize
 from ._serialize import get_policy as get_policy
 from ._serialize import serialize as serialize
+from ._train_state import TrainState as TrainState
 from ._wrap import unwrap as unwrap
 from ._wrap import wrap as wrap
 

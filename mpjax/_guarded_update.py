@@ -30,17 +30,9 @@ def guarded_update(
         `(updates, state)` of the optimizer if `finite`; otherwise zeros of the shapes and dtypes
         of those updates, and `state` bit for bit.
     """
+    # A choice of values and not of branches: on GPUs a branch waits for the host to read `finite`.
     optimizer = optax.with_extra_args_support(optimizer)
-
-    def step() -> tuple[Any, Any]:
-        return optimizer.update(grads, state, params, **extra_args)
-
-    # Updates may have other dtypes than the gradients, and a moment of bfloat16 becomes float32
-    # when it first meets a float32 gradient: both branches must return the same types.
-    updates, after = jax.eval_shape(step)
-
-    def skip() -> tuple[Any, Any]:
-        kept = jax.tree.map(lambda old, new: jnp.asarray(old, new.dtype), state, after)
-        return jax.tree.map(jnp.zeros_like, updates), kept
-
-    return jax.lax.cond(finite, step, skip)
+    updates, after = optimizer.update(grads, state, params, **extra_args)
+    # A moment of bfloat16 becomes float32 when it first meets a float32 gradient.
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), updates), kept

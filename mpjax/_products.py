@@ -75,8 +75,8 @@ class _QuantizedProduct:
         out, amaxes = product(
             *operands,
             formats=self.formats,
-            scales=_of_operands({name: state.scale for name, state in states.items()}),
-            amax_probes=_of_operands({name: state.probe for name, state in states.items()}, ""),
+            scales=_scales(states),
+            amax_probes=_probes(states),
             straight_through=True,
             implementation=_IN_8_BITS,
             **options,
@@ -89,13 +89,17 @@ class _QuantizedProduct:
         return jnp.dtype(preferred_element_type or self.compute_dtype)
 
 
-def _of_operands(values: Mapping[str, Any], drhs: str = "output_grad") -> mk.DotScales:
-    """Values of the operands as the kernels name them; the gradient is one tensor, in two products.
+def _scales(states: Mapping[str, ScalingState]) -> mk.DotScales:
+    """The scales as the kernels name them: the gradient is one tensor, in two products."""
+    scales = {name: state.scale_at_hand for name, state in states.items()}
+    gradient = scales.get("output_grad")
+    return mk.DotScales(scales.get("input"), scales.get("kernel"), gradient, gradient)
 
-    It needs two scales, and one probe.
-    """
-    gradient = values.get("output_grad")
-    return mk.DotScales(values.get("input"), values.get("kernel"), gradient, values.get(drhs))
+
+def _probes(states: Mapping[str, ScalingState]) -> mk.DotScales:
+    """The probes likewise; one of the gradient is enough."""
+    probes = {name: state.probe.zeros for name, state in states.items() if state.probe}
+    return mk.DotScales(probes.get("input"), probes.get("kernel"), probes.get("output_grad"))
 
 
 class QuantizedDotGeneral(_QuantizedProduct):

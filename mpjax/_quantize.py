@@ -40,8 +40,9 @@ def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> An
       ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
         another model, are quantized already, or hold a NaN or an infinity (named by its path).
       TypeError: `model` is not a Flax module, or arguments are missing.
-      NotImplementedError: a policy has another mode than `"int8"`, or the model uses a kernel in a way that int8 cannot follow, such as a
-        weight normalization of it, or a stack of layers along another axis than the first.
+      NotImplementedError: a policy has another mode than `"int8"`, or the model uses a kernel in a
+        way that int8 cannot follow, such as a weight normalization of it, or a stack of layers
+        along another axis than the first.
     """
     adapter = wrapped_adapter_of(model)
     for policy in policies_of(adapter.policy_of(model)):

@@ -94,7 +94,10 @@ class QuantizedDTypePolicy(DTypePolicy):
         )
         check_margin(margin)
         check_algorithm(amax_algorithm)
-        if scheme.name in ("int8", "int8_static", "int8_delayed") and source["compute_dtype"] == "float16":
+        if (
+            scheme.name in ("int8", "int8_static", "int8_delayed")
+            and source["compute_dtype"] == "float16"
+        ):
             raise ValueError(
                 f"Quantization mode='{scheme.name}' doesn't work well with "
                 "compute_dtype='float16'. Use a bfloat16 or float32 source, such as "

@@ -91,6 +91,21 @@ Scaling = CurrentScaling | DelayedScaling | StaticScaling
 
 
 @jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a state carries while a loss is differentiated.
+
+    Attributes:
+      zeros: of the shape of `observed`; their cotangents are amaxes that add up by maximum.
+      units: float32, the same shape: what the operand is multiplied by, which is the loss scale
+        for the gradient of an output.
+    """
+
+    zeros: Any
+    units: Float[Array, "*layers"]
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingState:
     """What is known of one operand of a layer; a stack of layers has leading axes.
@@ -99,8 +114,7 @@ class ScalingState:
       amax_history: float32 [..., amax_history_length], the newest amax first; static: no entries.
       scale: float32 [...], `x ~ values * scale`; 0 while nothing is known.
       observed: float32 [...], the largest amax since the last update; 0 if there was none.
-      probe: zeros of the shape of `observed` while a loss is differentiated, whose cotangents are
-        amaxes (`mpjax.value_and_grad`); else None.
+      probe: how amaxes leave the backward pass, while `mpjax.value_and_grad` runs; else None.
       recipe: the `DelayedScaling` or `StaticScaling`.
       format: name of the format that the operand is quantized to.
       of_gradient: whether the operand is the gradient of a layer's output.
@@ -109,10 +123,15 @@ class ScalingState:
     amax_history: Float[Array, "*layers steps"]
     scale: Float[Array, "*layers"]
     observed: Float[Array, "*layers"]
-    probe: Any = None
+    probe: Probe | None = None
     recipe: DelayedScaling | StaticScaling = dataclasses.field(metadata={"static": True})
     format: str = dataclasses.field(metadata={"static": True})
     of_gradient: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def scale_at_hand(self) -> Float[Array, "*layers"]:
+        """The scale of the operand as it is multiplied, in units of the loss scale."""
+        return self.scale if self.probe is None else self.scale * self.probe.units
 
 
 def init_state(

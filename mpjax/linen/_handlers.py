@@ -19,8 +19,13 @@ import jax.numpy as jnp
 from .._adapters import is_half
 from .._attention import linen_attention
 from .._cast import in_dtypes_of
-from .._products import PromoteAroundKernel, QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
-from .._products import Stateless
+from .._products import (
+    PromoteAroundKernel,
+    QuantizedConv,
+    QuantizedDotGeneral,
+    QuantizedEinsum,
+    Stateless,
+)
 from .._recipes import recipe_of
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerStates

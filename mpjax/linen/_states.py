@@ -23,10 +23,15 @@ class LayerStates:
 
     def __init__(self, layer: Layer, recipe: Recipe):
         self._layer, self._recipe = layer, recipe
+        self._variables: dict[str, Any] = {}
 
     def read(self) -> Mapping[str, ScalingState]:
         """The states; declares them where the collection may change."""
-        return {name: self._variable(name).value for name, _, _ in self._recipe.states}
+        self._variables = {
+            name: self._declare(name, recipe, format)
+            for name, recipe, format in self._recipe.states
+        }
+        return {name: variable.value for name, variable in self._variables.items()}
 
     def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
         """Merges amaxes into the variables, if their collection is mutable."""
@@ -34,22 +39,18 @@ class LayerStates:
         if not module.is_mutable_collection(COLLECTION) or module.is_initializing():
             return
         for name, amax in amaxes.items():
-            variable = self._variable(name)
+            variable = self._variables[name]
             variable.value = observe(variable.value, jax.lax.stop_gradient(amax))
 
-    def _variable(self, name: str) -> Any:
+    def _declare(self, name: str, recipe: Any, format: str) -> Any:
         module = self._layer.module
         if not module.has_variable(COLLECTION, name):
             self._require_mutable()
-        [(recipe, format)] = [(r, f) for operand, r, f in self._recipe.states if operand == name]
-        of_gradient = name == "output_grad"
-        own_variable = type(module).variable
-        variable = own_variable(
-            module,
-            COLLECTION,
-            name,
-            lambda: init_state(recipe, format, of_gradient=of_gradient),
-        )
+
+        def init() -> ScalingState:
+            return init_state(recipe, format, of_gradient=name == "output_grad")
+
+        variable = type(module).variable(module, COLLECTION, name, init)
         self._check(name, variable.value, recipe, format)
         return variable
 
