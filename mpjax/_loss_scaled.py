@@ -22,8 +22,9 @@ _TWICE = (
 
 
 class LossScaledState(NamedTuple):
-    """The state of `loss_scaled(optimizer)`, a NamedTuple as optax's states are, so that its
-    `tree_get` and `tree_set` see into it.
+    """The state of `loss_scaled(optimizer)`.
+
+    A NamedTuple, as optax's states are, so that its `tree_get` and `tree_set` see into it.
 
     Attributes:
         loss_scale: The scale for the next loss, as a `LossScaleState`.
@@ -58,8 +59,8 @@ def loss_scaled(
         updates, opt_state = tx.update(jax.grad(scaled_loss)(params), opt_state, params)
 
     `optimizer` sees float16 parameters and gradients as float32, so its updates and its state are
-    float32: see `LossScaleState.unscale`. Where each device has gradients of its own (`shard_map`,
-    `pmap`), average them before `update`, so that all devices agree on whether to skip.
+    float32: see `LossScaleState.unscale`. Where each device has gradients of its own, as under
+    `shard_map`, average them before `update`, so that all devices agree on whether to skip.
 
     Args:
         optimizer: Any optax optimizer or chain. Put clipping inside, since a norm of scaled

@@ -177,9 +177,14 @@ def test_extra_arguments_reach_an_optimizer_that_takes_them():
         seen.append(updates["b"].tolist()[1])
     assert seen == [3.0, 1.5, 0.75, 0.375]
     assert int(optax.tree_utils.tree_get(state, "skipped_steps")) == 0
-    plain = mp.loss_scaled(optax.sgd(1.0))
-    updates, _ = plain.update(scaled(plain.init(params())), plain.init(params()), value=3)
-    assert updates["b"].tolist() == [-0.5, 3.0]
+
+
+def test_extra_arguments_do_not_reach_an_optimizer_that_takes_none():
+    takes_none = optax.GradientTransformation(optax.init_empty_state, lambda g, s, p: (g, s))
+    tx = mp.loss_scaled(takes_none)
+    state = tx.init(params())
+    updates, _ = tx.update(scaled(state), state, params(), value=jnp.float32(3))
+    assert updates["b"].tolist() == [0.5, -3.0]
 
 
 def test_a_step_compiles_once_and_never_waits_for_the_host():
