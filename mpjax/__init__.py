@@ -13,6 +13,7 @@ from ._global_policy import dtype_policy_scope as dtype_policy_scope
 from ._global_policy import set_dtype_policy as set_dtype_policy
 from ._gradients import Gradients as Gradients
 from ._gradients import value_and_grad as value_and_grad
+from ._init_scaling import init_scaling as init_scaling
 from ._layer_policies import layer_policies as layer_policies
 from ._loss_scale import DynamicLossScale as DynamicLossScale
 from ._loss_scale import NoLossScale as NoLossScale

@@ -48,39 +48,51 @@ def accumulate_gradients(
     check_microbatches(microbatches)
 
     def run(variables: Mapping[str, Any], batch: Any) -> tuple[Any, Gradients]:
-        def one(part: Any) -> tuple[tuple[Any, Any], Gradients]:
-            return differentiate(
+        def one(part: Any, carried: None) -> Any:
+            found = differentiate(
                 lambda variables: loss_fn(variables, part),
                 variables,
                 scale,
                 has_aux=has_aux,
                 divisor=microbatches,
             )
+            return found, carried
 
-        (loss, aux), grads = summed(one, split_batch(batch, microbatches))
+        (loss, aux), grads, _ = summed(one, split_batch(batch, microbatches), None)
         return ((loss, aux) if has_aux else loss), grads
 
     return run
 
 
-def summed(one: Callable[[Any], Any], parts: Any) -> tuple[tuple[Any, Any], Gradients]:
-    """`one` of each part in a scan: losses and gradients summed, amaxes merged, aux stacked."""
-    (loss, _), grads = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+def summed(one: Callable[..., Any], parts: Any, carried: Any) -> Any:
+    """`one(part, carried)` for each part, in a scan.
+
+    Args:
+      one: returns `((loss, aux), Gradients)`, and what it carries on to the next part.
+      parts: a tree of arrays with a leading axis of parts.
+      carried: what the first part is given.
+
+    Returns:
+      `((loss, aux), Gradients, carried)`: losses and gradients summed, amaxes merged, aux stacked.
+    """
+    first = jax.tree.map(lambda x: x[0], parts)
+    ((loss, _), grads), _ = jax.eval_shape(one, first, carried)
     start = (
         jnp.zeros((), jnp.promote_types(loss.dtype, jnp.float32)),
         jax.tree.map(_zeros, grads.params),
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grads.observed),
+        carried,
     )
 
-    def body(carry: Any, part: Any) -> tuple[Any, Any]:
-        total, params, observed = carry
-        (loss, aux), grads = one(part)
+    def body(sums: Any, part: Any) -> tuple[Any, Any]:
+        total, params, observed, carried = sums
+        ((loss, aux), grads), carried = one(part, carried)
         params = jax.tree.map(lambda a, b: a + b.astype(a.dtype), params, grads.params)
         observed = jax.tree.map(jnp.maximum, observed, grads.observed)
-        return (total + loss.astype(total.dtype), params, observed), aux
+        return (total + loss.astype(total.dtype), params, observed, carried), aux
 
-    (total, params, observed), aux = jax.lax.scan(body, start, parts)
-    return (total, aux), Gradients(params, observed)
+    (total, params, observed, carried), aux = jax.lax.scan(body, start, parts)
+    return (total, aux), Gradients(params, observed), carried
 
 
 def split_batch(batch: Any, microbatches: int) -> Any:

@@ -133,6 +133,10 @@ class ScalingState:
         """The scale of the operand as it is multiplied, in units of the loss scale."""
         return self.scale if self.probe is None else self.scale * self.probe.units
 
+    def __getitem__(self, index: Any) -> "ScalingState":
+        """The states at an index of the leading axes, of a stack of layers; `[...]` is the whole."""
+        return jax.tree.map(lambda x: x[index], self)
+
 
 def init_state(
     recipe: DelayedScaling | StaticScaling,

@@ -75,15 +75,17 @@ class TrainState:
 
         Raises:
           TypeError: `variables` or `tx` is something else.
-          ValueError: a parameter is quantized.
+          ValueError: a parameter is quantized, or `mp.loss_scaled` is somewhere inside of `tx`.
         """
         check_variables(variables)
         tx, loss_scale = unwrapped(tx, policy)
+        opt_state = tx.init(widen_float16(variables["params"]))
+        check_opt_state(opt_state)
         return cls(
             step=jnp.zeros((), jnp.int32),
             skipped_steps=jnp.zeros((), jnp.int32),
             variables=dict(variables),
-            opt_state=tx.init(widen_float16(variables["params"])),
+            opt_state=opt_state,
             loss_scale=loss_scale.init(),
             apply_fn=apply_fn,
             tx=tx,
@@ -142,7 +144,7 @@ class TrainState:
         Raises:
           TypeError: `grads` are not `Gradients`, or `collections` holds `params` or `scaling`.
         """
-        _check_gradients(grads)
+        check_gradients(grads)
         _check_collections(collections)
         finite = grads.finite
         params = widen_float16(self.params)
@@ -150,12 +152,12 @@ class TrainState:
             self.tx, finite, grads.params, self.opt_state, params, **extra_args
         )
         others = {**self.variables, **(collections or {})}
-        others["params"] = jax.tree.map(_applied, self.params, updates)
+        others["params"] = jax.tree.map(applied, self.params, updates)
         if "scaling" in self.variables:
             others["scaling"] = next_scaling(
                 self.scaling, grads.observed, self.opt_state, opt_state
             )
-        kept = _select(finite, others, {**others, **self.variables})
+        kept = select(finite, others, {**others, **self.variables})
         return dataclasses.replace(
             self,
             step=self.step + jnp.where(finite, 1, 0),
@@ -186,6 +188,16 @@ def unwrapped(
     return tx, training_loss_scale(getattr(policy, "loss_scale", None))
 
 
+def check_opt_state(opt_state: Any) -> None:
+    """Raises ValueError if an optimizer inside a chain is loss scaled: it would divide twice."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScaleState))
+    if any(isinstance(x, LossScaleState) for x in leaves):
+        raise ValueError(
+            "a part of `tx` is an mp.loss_scaled optimizer, but the gradients that reach it are "
+            "unscaled already: put mp.loss_scaled around the whole of it, or leave it out"
+        )
+
+
 def next_scaling(scaling: Any, observed: Any, opt_state: Any, new_opt_state: Any) -> Any:
     """Scaling states after an optimizer step; between those of `MultiSteps` they only observe."""
     states = observe_scaling(scaling, observed)
@@ -193,7 +205,7 @@ def next_scaling(scaling: Any, observed: Any, opt_state: Any, new_opt_state: Any
     if not before:
         return update_scaling(states)
     moved = jnp.any(jnp.stack([a != b for a, b in zip(after, before, strict=True)]))
-    return _select(moved, update_scaling(states), states)
+    return select(moved, update_scaling(states), states)
 
 
 def _gradient_steps(opt_state: Any) -> list[Array]:
@@ -201,16 +213,19 @@ def _gradient_steps(opt_state: Any) -> list[Array]:
     return [x.gradient_step for x in leaves if isinstance(x, optax.MultiStepsState)]
 
 
-def _applied(param: Array, update: Any) -> Array:
+def applied(param: Array, update: Any) -> Array:
+    """A parameter after an update, in its own dtype."""
     # optax.apply_updates would round a float32 update to float16 before the sum.
     return jnp.asarray(param + update, param.dtype)
 
 
-def _select(which: Array, one: Any, other: Any) -> Any:
+def select(which: Array, one: Any, other: Any) -> Any:
+    """The leaves of `one` where `which`, else those of `other`."""
     return jax.tree.map(lambda a, b: jnp.where(which, a, b), one, other)
 
 
-def _check_gradients(grads: Any) -> None:
+def check_gradients(grads: Any) -> None:
+    """Raises TypeError for anything but `Gradients`."""
     if not isinstance(grads, Gradients):
         raise TypeError(
             "`grads` must be the mp.Gradients that value_and_grad returned; for other gradients of "

@@ -1,5 +1,6 @@
 """What `mpjax` calls for a Linen module."""
 
+from ._quantize import init_scaling as init_scaling
 from ._quantize import layer_policies as layer_policies
 from ._quantize import quantize as quantize
 from ._wrap import is_wrapped as is_wrapped

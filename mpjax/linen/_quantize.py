@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
@@ -13,6 +14,7 @@ from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
 from .._quantize import nothing_to_quantize, quantize_weight
+from ._states import COLLECTION
 from ._wrap import policy_of
 
 
@@ -126,3 +128,21 @@ def layer_policies(
     observed = trace(model, variables, *args, **kwargs).policies
     called = {path: observed[path] for path in observed if path in policies}
     return called | {path: own for path, own in policies.items() if path not in called}
+
+
+def init_scaling(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """See `mpjax.init_scaling`."""
+    variables = _check_variables(variables, "mp.init_scaling(model, variables, x)")
+    without = {name: value for name, value in variables.items() if name != COLLECTION}
+    kwargs = {**kwargs, "mutable": [COLLECTION]}
+    shapes: Any = {}
+
+    def run() -> None:
+        nonlocal shapes
+        _, shapes = jax.eval_shape(*_call(model, without, *args, **kwargs))
+
+    _trace(run, model)
+    states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), unfreeze(shapes))
+    return {**without, **states}

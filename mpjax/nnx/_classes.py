@@ -23,6 +23,7 @@ from .._adapters import BASE, POLICY, ROOT, PolicyAttribute, refuse_if_suspended
 from .._cast import cast_floating
 from .._context import Frame, active
 from .._policy import DTypePolicy
+from ._states import bound
 from ._views import reading
 
 
@@ -40,13 +41,18 @@ class _Lent:
     """A class-level value that shadows an instance attribute, which keeps its own underneath."""
 
     def __init__(self, name: str, value: Any):
-        self._name, self._value = name, value
+        self._name, self.value = name, value
 
     def __get__(self, obj: Any, owner: type | None = None) -> Any:
-        return self._value
+        return self.value if obj is None else bound(self.value, obj)
 
     def __set__(self, obj: Any, value: Any) -> None:
         vars(obj)[self._name] = value
+
+
+def lent_to(cls: type) -> list[Any]:
+    """The values that a module class lends its instances."""
+    return [x.value for x in vars(cls).values() if isinstance(x, _Lent)]
 
 
 @functools.cache

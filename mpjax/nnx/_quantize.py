@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from .._paths import join
-from .._products import Int8DotGeneral, Int8Einsum
+from .._products import QuantizedDotGeneral, QuantizedEinsum
 from .._quantize import nothing_to_quantize, quantize_weight
 from ._wrap import policy_of
 
@@ -35,7 +35,7 @@ def _kernels(model: nnx.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     layer: Any
     for path, layer in nnx.iter_modules(model):
         product = getattr(layer, "dot_general", None) or getattr(layer, "einsum_op", None)
-        if isinstance(product, Int8DotGeneral | Int8Einsum):
+        if isinstance(product, QuantizedDotGeneral | QuantizedEinsum):
             name = join((*path, "kernel"))
             yield name, layer.kernel, _contracting(layer, name)
 

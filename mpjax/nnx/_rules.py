@@ -20,7 +20,15 @@ from .._adapters import is_half
 from .._attention import nnx_attention
 from .._cast import cast_array
 from .._policy import DTypePolicy
-from .._products import Int8DotGeneral, Int8Einsum, PromoteAroundKernel
+from .._products import (
+    PromoteAroundKernel,
+    QuantizedConv,
+    QuantizedDotGeneral,
+    QuantizedEinsum,
+    Stateless,
+)
+from .._recipes import recipe_of
+from ._states import OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
 
@@ -82,32 +90,50 @@ def computes_in(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
 register(nnx.Embed)(computes_in)
 
 
-@register(nnx.Conv, nnx.ConvTranspose)
+@register(nnx.ConvTranspose)
 def follows(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
     """The rule of layers that compute in the dtype of their operands: nothing need be lent."""
     del layer, policy
     return {}
 
 
+def product_of(kind: Any, policy: DTypePolicy) -> Any:
+    """The quantized product of a policy's layers, of one of the classes in `_products`, or None."""
+    recipe = recipe_of(policy)
+    if recipe is None:
+        return None
+    states = OfLayer() if recipe.states else Stateless()
+    return kind(policy.compute_dtype, recipe.formats, states)
+
+
+def _with_product(attribute: str, product: Any, policy: DTypePolicy) -> dict[str, Any]:
+    if product is None:
+        return {}
+    promote = PromoteAroundKernel(policy.compute_dtype, variadic=False)
+    return {"promote_dtype": promote, attribute: product}
+
+
 @register(nnx.Linear, nnx.LinearGeneral)
 def _dot(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
-    lent = follows(layer, policy)
     author = layer.dot_general not in (None, lax.dot_general) or (
         getattr(layer, "dot_general_cls", None) is not None
     )
-    if policy.quantization_mode is not None and not author:
-        lent["promote_dtype"] = PromoteAroundKernel(policy.compute_dtype, variadic=False)
-        lent["dot_general"] = Int8DotGeneral(policy.compute_dtype)
-    return lent
+    product = None if author else product_of(QuantizedDotGeneral, policy)
+    return _with_product("dot_general", product, policy)
 
 
 @register(nnx.Einsum)
 def _einsum(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
-    lent = follows(layer, policy)
-    if policy.quantization_mode is not None and layer.einsum_op is jnp.einsum:
-        lent["promote_dtype"] = PromoteAroundKernel(policy.compute_dtype, variadic=False)
-        lent["einsum_op"] = Int8Einsum(policy.compute_dtype)
-    return lent
+    author = layer.einsum_op is not jnp.einsum
+    product = None if author else product_of(QuantizedEinsum, policy)
+    return _with_product("einsum_op", product, policy)
+
+
+@register(nnx.Conv)
+def _conv(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
+    author = layer.conv_general_dilated is not lax.conv_general_dilated
+    product = None if author else product_of(QuantizedConv, policy)
+    return _with_product("conv_general_dilated", product, policy)
 
 
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)

@@ -16,7 +16,7 @@ from flax import nnx
 from .._recipes import Recipe
 from .._scaling import ScalingState, init_state
 
-ATTRIBUTE = "scaling"
+ATTRIBUTE, LOSS_SCALE = "scaling", "loss_scale"
 
 
 class Scaling(nnx.Variable[ScalingState]):

@@ -12,9 +12,11 @@ from .._adapters import POLICY, ROOT, floating_name, no_effect_message, output_d
 from .._paths import check_keys, join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
-from ._classes import base_class, container_class, module_class, set_class
+from .._recipes import recipe_of
+from ._classes import base_class, container_class, lent_to, module_class, set_class
 from ._graph import own_containers, own_variables
 from ._rules import rule_of
+from ._states import OfLayer, attach, detach, stacked_axes
 
 
 def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
@@ -40,6 +42,8 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
         for each, cls in before:
             set_class(each, cls)
         raise
+    for path, each in modules.items():
+        _give_states(each, resolved[path])
     kept = [join(path) for path, m in modules.items() if _parameters(m) and author_dtype(m)]
     if kept and len(kept) == sum(1 for m in modules.values() if _parameters(m)):
         warnings.warn(no_effect_message(name, kept), stacklevel=3)
@@ -51,6 +55,7 @@ def unwrap(module: nnx.Module) -> nnx.Module:
     for each in _own_modules(module).values():
         for obj in (each, *own_containers(each)):
             set_class(obj, base_class(obj))
+        detach(each)
     return module
 
 
@@ -156,6 +161,16 @@ def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any
     for container in own_containers(module):
         if any(isinstance(x, nnx.Param) for x in own_variables(container)):
             set_class(container, container_class(base_class(container), policy))
+
+
+def _give_states(module: Any, policy: DTypePolicy) -> None:
+    """Attaches the scaling states of a quantized product, and detaches those of an earlier one."""
+    recipe = recipe_of(policy)
+    keeps = [getattr(value, "states", None) for value in lent_to(type(module))]
+    if recipe is not None and any(isinstance(states, OfLayer) for states in keeps):
+        attach(module, recipe, stacked_axes(module))
+    else:
+        detach(module)
 
 
 def _hashable(lent: dict[str, Any], base: type) -> tuple[tuple[str, Any], ...]:

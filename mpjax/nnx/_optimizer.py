@@ -1,0 +1,116 @@
+"""`Optimizer`: Flax' own, with loss scale and scaling states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from .._adapters import ROOT
+from .._gradients import Gradients
+from .._guarded_update import guarded_update
+from .._loss_scale import NoLossScale
+from .._loss_scale_state import widen_float16
+from .._train_state import applied, check_gradients, next_scaling, select, unwrapped
+from ._states import LOSS_SCALE, LossScale, Scaling
+
+
+class Optimizer(nnx.Optimizer):
+    """`nnx.Optimizer` for a wrapped model.
+
+        optimizer = mp.nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+
+        @nnx.jit
+        def train_step(model, optimizer, x, y):
+            loss, grads = mp.nnx.value_and_grad(loss_fn)(model, x, y)
+            optimizer.update(model, grads)
+            return loss
+
+    A step whose gradients are not finite changes the loss scale and `skipped_steps`, and nothing
+    else by a bit. The state of a loss scale is kept in the model, as `model.loss_scale`, where
+    `value_and_grad` finds it.
+
+    Args:
+      model: the module to train. If its policy is `mixed_float16`, or has a loss scale otherwise,
+        it is given the attribute `loss_scale`, a `LossScale` variable.
+      tx: any optax optimizer or chain. It sees unscaled gradients of the parameters only. The loss
+        scale of an `mp.loss_scaled` one takes the policy's place.
+      wrt: a filter of the variables to train, `nnx.Param`.
+
+    Attributes:
+      step: optimizer steps taken; those that were skipped do not count.
+      skipped_steps: int32[], steps that were skipped.
+      opt_state: the state of `tx`.
+
+    Raises:
+      TypeError: `tx` is not an optimizer of optax.
+      ValueError: the model has an attribute `loss_scale` of another meaning.
+    """
+
+    def __init__(self, model: nnx.Module, tx: Any, *, wrt: Any, **kwargs: Any):
+        tx, loss_scale = unwrapped(tx, getattr(type(model), ROOT, None))
+        _attach(model, loss_scale)
+        super().__init__(model, _widening(tx), wrt=wrt, **kwargs)
+        self.skipped_steps = type(self.step)(jnp.zeros((), jnp.int32))
+
+    def update(self, model: nnx.Module, grads: Gradients, /, **kwargs: Any) -> Any:
+        """Updates parameters, optimizer state, scaling states and loss scale.
+
+        Args:
+          model: the model that the optimizer was made for.
+          grads: from `mp.nnx.value_and_grad`; their `params` may have been clipped since.
+          **kwargs: passed on to an optimizer that takes them.
+
+        Returns:
+          The updates of the parameters, zeros for a step that was skipped.
+
+        Raises:
+          TypeError: `grads` are not `Gradients`.
+        """
+        check_gradients(grads)
+        finite = grads.finite
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        before = nnx.as_pure(self.opt_state)
+        updates, after = guarded_update(
+            self.tx,
+            finite,
+            nnx.as_pure(nnx.state(grads.params, self.wrt)),
+            before,
+            widen_float16(params),
+            **nnx.as_pure(kwargs),
+        )
+        scaling = nnx.as_pure(nnx.state(model, Scaling))
+        moved = next_scaling(scaling, nnx.as_pure(grads.observed), before, after)
+        new = {"params": jax.tree.map(applied, params, updates), "scaling": moved}
+        new = select(finite, new, {"params": params, "scaling": scaling})
+        nnx.update(model, new["params"])
+        nnx.update(model, new["scaling"])
+        nnx.update(self.opt_state, nnx.state(after))
+        self.step[...] += jnp.where(finite, 1, 0).astype(self.step[...].dtype)
+        self.skipped_steps[...] += jnp.where(finite, 0, 1)
+        held = vars(model).get(LOSS_SCALE)
+        if isinstance(held, LossScale):
+            held.set_value(held.get_value().update(finite))
+        return updates
+
+
+def _widening(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx`, with a state for the float32 gradients that float16 parameters have."""
+    tx = optax.with_extra_args_support(tx)
+    return optax.GradientTransformationExtraArgs(
+        init=lambda params: tx.init(widen_float16(params)), update=tx.update
+    )
+
+
+def _attach(model: Any, loss_scale: Any) -> None:
+    held = vars(model).get(LOSS_SCALE)
+    if held is not None and not isinstance(held, LossScale):
+        raise ValueError(
+            f"{type(model).__name__} has an attribute 'loss_scale' of its own, where the state of "
+            "the loss scale would be kept: rename it"
+        )
+    if not isinstance(loss_scale, NoLossScale):
+        setattr(model, LOSS_SCALE, LossScale(loss_scale.init()))
+    elif held is not None:
+        delattr(model, LOSS_SCALE)
