@@ -52,7 +52,7 @@ def run(
     contest: Callable[[Any], Contest],
 ) -> list[dict[str, Any]]:
     """Measures the machine, then case after case; prints each, writes each, returns the rows."""
-    selected = _selected(quick_cases if options.quick else cases, options.cases)
+    chosen = selected(quick_cases if options.quick else cases, options.cases)
     jax.config.update("jax_enable_compilation_cache", False)
     machine = environment()
     bounds = limits(megabytes=32, size=512) if options.quick else limits()
@@ -61,7 +61,7 @@ def run(
     screen.print(machine_line(machine, bounds))
     whole = options.cases is None and options.peers is None
     written = Rows(name + ("_cold" if options.cold else ""), output_folder(options, whole))
-    for case in selected.values():
+    for case in chosen.values():
         row = hold(
             contest(case),
             options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
@@ -98,7 +98,8 @@ def output_folder(options: argparse.Namespace, whole: bool) -> Path | None:
     return options.output or (RESULTS if complete else None)
 
 
-def _selected(cases: dict[str, Any], parts: Sequence[str] | None) -> dict[str, Any]:
+def selected(cases: dict[str, Any], parts: Sequence[str] | None) -> dict[str, Any]:
+    """The cases that have one of these parts in their names; all of them if None."""
     if parts is None:
         return cases
     unknown = [part for part in parts if not any(part in name for name in cases)]

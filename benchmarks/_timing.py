@@ -1,4 +1,4 @@
-"""Times several programs in turns, so that what disturbs the machine disturbs them all."""
+"""Times programs, and their making; several in turns, so that what disturbs one disturbs all."""
 
 import math
 import random
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 TURN_SECONDS = 0.02  # a program faster than this is called several times in its turn
@@ -52,6 +53,22 @@ def spread(samples: list[float]) -> dict[str, Any]:
     """Median and quartiles in milliseconds, and of how many calls."""
     low, middle, high = (round(1e3 * float(q), 4) for q in np.percentile(samples, (25, 50, 75)))
     return {"median_ms": middle, "p25_ms": low, "p75_ms": high, "calls": len(samples)}
+
+
+def compile_once(lower: Callable[[], Any]) -> dict[str, float]:
+    """Seconds to trace and lower, to compile, and of the processor, with nothing cached."""
+    jax.clear_caches()
+    cpu, started = time.process_time(), time.perf_counter()
+    lowered = lower()
+    traced = time.perf_counter()
+    lowered.compile()
+    ended = time.perf_counter()
+    return {
+        "trace_lower": traced - started,
+        "compile": ended - traced,
+        "total": ended - started,
+        "cpu": time.process_time() - cpu,
+    }
 
 
 def _calls_in_a_turn(program: Callable[[], Any]) -> int:

@@ -16,7 +16,6 @@ and their ratios. The target is a ratio of the totals of at most 1.3.
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from flax import nnx
 
 import mpjax as mp
 from _suite import Rows, output_folder, parser
+from _timing import compile_once
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 demo = importlib.import_module("byte_lm")
@@ -81,22 +81,6 @@ def measure(api: str, policy: str, rounds: int) -> dict[str, Any]:
     for part in parts:
         row[f"ratio_{part}"] = round(row["wrapped"][part] / row["plain"][part], 3)
     return row | {"target": TARGET, "reached": row["ratio_total"] <= TARGET}
-
-
-def compile_once(lower: Callable[[], Any]) -> dict[str, float]:
-    """Seconds to trace and lower, to compile, and of the processor, with nothing cached."""
-    jax.clear_caches()
-    cpu, started = time.process_time(), time.perf_counter()
-    lowered = lower()
-    traced = time.perf_counter()
-    lowered.compile()
-    ended = time.perf_counter()
-    return {
-        "trace_lower": traced - started,
-        "compile": ended - traced,
-        "total": ended - started,
-        "cpu": time.process_time() - cpu,
-    }
 
 
 def linen_step(policy: str | None, dtype: Any) -> Callable[[], Any]:

@@ -186,6 +186,65 @@ def test_the_table_marks_what_is_missed_slower_or_cannot_run(module, capsys):
     ]
 
 
+def test_a_training_step_is_checked_timed_and_compiled(tmp_path):
+    names = ["float32", "flax_float8_float32"]
+    result = run("--quick", "--contenders", *names, "--output", tmp_path, script="train_step.py")
+    assert result.returncode == 0, result.stderr
+    (line,) = (tmp_path / "train_step.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["case"], row["blocks"]) == ("mlp 1x(32, 64) batch 16", 1)
+    assert list(row["contenders"]) == names
+    for entry in row["contenders"].values():
+        assert 0 < entry["p25_ms"] <= entry["median_ms"] <= entry["p75_ms"]
+        seconds = entry["compile_s"]
+        assert 0 < seconds["trace_lower"] < seconds["total"]
+        parts = seconds["trace_lower"] + seconds["compile"]
+        assert seconds["total"] == pytest.approx(parts, abs=0.002)  # each is rounded
+        assert entry["loss_error"] <= entry["loss_bound"]
+        assert entry["temporary_bytes"] > 0
+    exact, float8 = (row["contenders"][name]["gradient_error"] for name in names)
+    assert exact == 0 and 0.01 < float8 < 0.1
+
+
+def test_no_training_is_timed_whose_gradient_loss_or_weights_are_wrong(module):
+    script = module("train_step")
+    one = np.ones(4, np.float32)
+    right = script.Outcome([one], [one], 10.0)
+    # A gradient of norm 2 with one entry off by 0.2; a loss of 10 that is 10.1.
+    close = script.Outcome([one], [np.float32([1, 1, 1, 1.2])], 10.1)
+    entry = script.checked(close, right, 0.1001)
+    assert (entry["gradient_error"], entry["loss_error"]) == (0.1, 0.01)
+    with pytest.raises(ArithmeticError, match="the first gradient is 0.1 from float32's, at most"):
+        script.checked(close, right, 0.0999)
+    with pytest.raises(ArithmeticError, match="the loss after 8 steps is nan from float32's"):
+        script.checked(script.Outcome([one], [one], math.nan), right, 0.1)
+    with pytest.raises(ArithmeticError, match="it starts from other weights than float32"):
+        script.checked(script.Outcome([2 * one], [one], 10.0), right, 0.1)
+
+
+def test_ratios_of_training_steps_and_what_became_of_the_targets(module):
+    def entry(ms, seconds, size):
+        return {"median_ms": ms, "compile_s": {"total": seconds}, "temporary_bytes": size}
+
+    ours, flax = "float8_from_float32", "flax_float8_float32"
+    entries = {ours: entry(3.0, 1.2, 50), "float32": entry(6.0, 0.5, 40), flax: entry(3.0, 1.0, 80)}
+    entries["qwix_int8_float32"] = {"error": "TypeError: no"}
+    row = module("train_step").compared(entries)
+    assert row["ratios"] == {
+        ours: {
+            "float32": {"step": 0.5, "compile": 2.4, "temporary_bytes": 1.25},
+            flax: {"step": 1.0, "compile": 1.2, "temporary_bytes": 0.625},
+        }
+    }
+    verdicts = module("_training_table").verdicts(row)
+    assert verdicts == [
+        f"MISSED: step of {ours}: 1.0 of {flax}, target 0.9",
+        f"reached: step of {ours}: 0.5 of float32, target 0.6",
+        f"reached: temporary_bytes of {ours}: 0.625 of {flax}, target 1.0",
+        f"MISSED: compile of {ours}: 1.2 of {flax}, target 1.0",
+    ]
+
+
 @pytest.mark.parametrize("script", ["matmul", "conv", "quantize"])
 def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     suite = module("_suite")

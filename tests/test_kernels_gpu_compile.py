@@ -4,22 +4,18 @@ The target is an H200, by the description in `tests/data`. What is asserted is t
 reach the matrix product, and that nothing as large as a weight is transposed or widened before it.
 """
 
-import os
 import re
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from gpu_helpers import h200_compiler, multiplied
 
 import mpjax_kernels as mk
 
 pytestmark = [pytest.mark.gpu_compile, pytest.mark.usefixtures("strict_promotion")]
 
-CONFIG = Path(__file__).parent / "data" / "h200_target_config.textproto"
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ROWS, TERMS, COLUMNS = 512, 2048, 1024
 MATRIX = (((1,), (0,)), ((), ()))
@@ -27,23 +23,7 @@ MATRIX = (((1,), (0,)), ((), ()))
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Compiles a function for an H200; returns the optimized program."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_gpu_autotune_level=0" not in flags:  # autotuning runs kernels on the GPU
-        pytest.fail("it needs XLA_FLAGS=--xla_gpu_autotune_level=0: run `make test-gpu`")
-    try:
-        topology = topologies.get_topology_desc(
-            "1x1x1", "cuda", topology="1x1x1", target_config=CONFIG.read_text()
-        )
-    except Exception as error:
-        pytest.fail(f"no NVIDIA compiler: run `make test-gpu`, which installs it. {error}")
-    sharding = SingleDeviceSharding(topology.devices[0])
-
-    def compile(function, *args):
-        jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
-        return jitted.lower(*args).compile().as_text()
-
-    return compile
+    return h200_compiler()
 
 
 def abstract(*shape):
@@ -56,13 +36,6 @@ def quantized(shape, format, axis, *, last=None):
         return q if last is None else mk.contiguous(q, last)
 
     return jax.eval_shape(make, abstract(*shape))
-
-
-def multiplied(text):
-    """The dtypes of the operands of every matrix product, wherever it is fused."""
-    dtypes = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
-    pairs = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
-    return sorted((dtypes[left], dtypes[right]) for left, right in pairs)
 
 
 def entry(text):
