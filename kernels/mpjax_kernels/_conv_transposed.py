@@ -61,7 +61,7 @@ def scaled(
 
 
 def laid_out(scale: Float[Array, "..."], axis: int, onto: int, ndim: int) -> Float[Array, "..."]:
-    """A scale of size 1 along all axes but `axis`, with `ndim` axes of which it varies along one."""
+    """A scale that may vary along `axis` alone, as one of `ndim` axes that varies along `onto`."""
     shape = [1] * ndim
     shape[onto] = scale.shape[axis]
     return scale.reshape(shape)

@@ -1,6 +1,7 @@
 """quantized_einsum: an einsum of two arrays as one `quantized_dot_general`."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,8 @@ def quantized_einsum(
     for name, given in (("scales", scales), ("amax_probes", amax_probes)):
         _check_axes(name, given or DotScales(), labels, (left, right), result)
     out, amaxes = quantized_dot_general(
-        left.operand,
-        right.operand,
+        cast(Array, left.operand),
+        cast(Array, right.operand),
         numbers,
         formats,
         scales=scales,
@@ -94,23 +95,23 @@ def quantized_einsum(
 def _check_axes(
     name: str, given: DotScales, equation: Equation, terms: Sequence[Labelled], result: str
 ) -> None:
-    operands = zip(("lhs", "rhs"), equation.inputs, terms, strict=True)
-    for operand, written, term in operands:
-        reduced = len(written) != len(term.labels)
-        if reduced and _rank(getattr(given, operand)) not in (0, len(term.labels)):
+    for operand, written, term in zip(("lhs", "rhs"), equation.inputs, terms, strict=True):
+        shape = _shape(getattr(given, operand))
+        if len(written) != len(term.labels) and len(shape) not in (0, len(term.labels)):
             raise ValueError(
-                f"`{name}.{operand}` has shape {jnp.shape(getattr(given, operand))}, but of the "
-                f"axes {written!r} of `{operand}` {term.labels!r} are left when it is quantized: "
-                "give one of that rank, or a scalar"
+                f"`{name}.{operand}` has shape {shape}, but of the axes {written!r} of "
+                f"`{operand}` {term.labels!r} are left when it is quantized: give one of that "
+                "rank, or a scalar"
             )
     for gradient in ("dlhs", "drhs"):
-        if _rank(getattr(given, gradient)) and result != equation.output:
+        shape = _shape(getattr(given, gradient))
+        if shape and result != equation.output:
             raise NotImplementedError(
-                f"`{name}.{gradient}` has shape {jnp.shape(getattr(given, gradient))}: the gradient "
-                f"is multiplied with the axes {result!r}, which {equation.text} gives another "
-                "order; give a scalar, or let the equation end in that order"
+                f"`{name}.{gradient}` has shape {shape}: the gradient is multiplied with the axes "
+                f"{result!r}, which {equation.text} gives another order; give a scalar, or let the "
+                "equation end in that order"
             )
 
 
-def _rank(scale: Scale) -> int:
-    return 0 if scale is None else len(jnp.shape(scale))
+def _shape(scale: Scale) -> tuple[int, ...]:
+    return () if scale is None else jnp.shape(scale)
