@@ -177,7 +177,6 @@ def test_backward_in_high_precision_is_straight_through_fake_quantization_bit_fo
 
 
 FORMATS = {
-    "weight only": (mk.DotFormats((None, "int8")), 0.02),
     "backward only": (mk.DotFormats((None, None), ("int8", "int8"), ("int8", "int8")), 0.03),
     "one operand": (mk.DotFormats(INT8.out, (None, "int8"), ("int8", None)), 0.02),
     "another format backward": (mk.DotFormats(INT8.out, *[FLOAT8.dlhs, FLOAT8.drhs]), 0.08),

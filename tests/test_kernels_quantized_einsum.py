@@ -38,8 +38,10 @@ PLAIN = [
 ]
 REDUCED = {  # what is done to each operand before, and what is multiplied then
     "iij,jk->ik": ((4, 4, 8), (8, 5), lambda x: jnp.einsum("iij->ij", x), None, "ij,jk->ik"),
-    "ijl,jk->ik": ((4, 8, 3), (8, 5), lambda x: jnp.sum(x, 2), None, "ij,jk->ik"),
-    "ij,jkk->ik": ((4, 8), (8, 5, 5), None, lambda w: jnp.einsum("jkk->kj", w), "ij,kj->ik"),
+    "ijl,jkk->ik": (
+        *((4, 8, 3), (8, 5, 5)),
+        *(lambda x: jnp.sum(x, 2), lambda w: jnp.einsum("jkk->kj", w), "ij,kj->ik"),
+    ),
     # An axis of size 1 broadcasts, so that `w` alone has it: a sum.
     "bi,ij->bj": ((3, 1), (4, 5), lambda x: x[:, 0], lambda w: jnp.sum(w, 0), "b,j->bj"),
 }
