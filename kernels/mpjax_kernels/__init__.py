@@ -4,6 +4,7 @@ from ._conv import conv_general_dilated as conv_general_dilated
 from ._dot_formats import DotFormats as DotFormats
 from ._dot_formats import OperandFormat as OperandFormat
 from ._dot_general import dot_general as dot_general
+from ._dot_scales import DotScales as DotScales
 from ._einsum import contracting_axes as contracting_axes
 from ._einsum import einsum as einsum
 from ._embedding import embedding_lookup as embedding_lookup
@@ -20,8 +21,9 @@ from ._qtensor import QTensor as QTensor
 from ._qtensor import validate as validate
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
-from ._quantized_dot import DotScales as DotScales
+from ._quantized_conv import quantized_conv_general_dilated as quantized_conv_general_dilated
 from ._quantized_dot import quantized_dot_general as quantized_dot_general
+from ._quantized_einsum import quantized_einsum as quantized_einsum
 from ._quantized_matmul import quantized_matmul as quantized_matmul
 from ._ragged_dot import ragged_dot as ragged_dot
 from ._storage import contiguous as contiguous

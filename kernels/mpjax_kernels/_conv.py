@@ -26,8 +26,9 @@ IMPLEMENTATIONS = {
 
 _NO_DERIVATIVE = (
     "the convolution of two QTensors has no derivative: their values come from rounding, which is "
-    "flat. Differentiate the model before it is quantized, or keep one operand an array (the "
-    "convolution is differentiable in that one)"
+    "flat. To train through quantized convolutions use "
+    "mpjax_kernels.quantized_conv_general_dilated; differentiate the model before it is quantized, "
+    "or keep one operand an array (the convolution is differentiable in that one)"
 )
 
 
@@ -106,7 +107,7 @@ def conv_general_dilated(
     if not isinstance(left, QTensor) and not isinstance(right, QTensor):
         return window(left, right, precision, preferred_element_type)
     dtype = result_dtype(left, right, preferred_element_type)
-    product = partial(_convolve, window=window, precision=precision, dtype=dtype)
+    product = partial(convolve, window=window, precision=precision, dtype=dtype)
     if isinstance(left, QTensor) and isinstance(right, QTensor):
         product = partial(product, implementation=implementation)
         return without_derivative(product, _NO_DERIVATIVE)(left, right)
@@ -114,7 +115,7 @@ def conv_general_dilated(
     return linear_in_array(named, named)(left, right)
 
 
-def _convolve(
+def convolve(
     lhs: Operand,
     rhs: Operand,
     window: Convolution,
@@ -122,6 +123,7 @@ def _convolve(
     dtype: np.dtype,
     implementation: str | Sequence[str] | None,
 ) -> Array:
+    """The convolution of valid operands, one of them a QTensor, with no rule for its derivative."""
     orders = [stored_axes(o.layout if isinstance(o, QTensor) else None, o.ndim) for o in (lhs, rhs)]
     operands = tuple(as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
     return choose(

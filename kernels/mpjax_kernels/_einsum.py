@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ._arguments import refuse_integer_result
+from ._contraction import DimensionNumbers
 from ._dot_general import IMPLEMENTATIONS, dot_general
 from ._equation import Equation, interleaved, label_sizes, parse
 from ._implementation import check_names
@@ -75,7 +76,7 @@ def einsum(
         preferred_element_type=dtype,
         implementation=implementation,
     )
-    product = _contract(_simplify(labels, arrays, dtype), labels, optimize, multiply)
+    product = _contract(simplify(labels, arrays, dtype), labels, optimize, multiply)
     operand, order = product.operand, [product.labels.index(label) for label in labels.output]
     array = dequantize(operand, dtype) if isinstance(operand, QTensor) else operand
     return jnp.transpose(array, order).astype(dtype)
@@ -128,7 +129,7 @@ def _result_dtype(operands: Sequence[Array | QTensor], preferred: DTypeLike | No
     return dtype
 
 
-def _simplify(
+def simplify(
     equation: Equation, operands: Sequence[Array | QTensor], dtype: np.dtype
 ) -> list[Labelled]:
     """The operands without repeated labels, broadcast axes, and axes to be summed alone."""
@@ -188,17 +189,22 @@ def _product(
     lhs: Labelled, rhs: Labelled, needed: set[str], output: str, multiply: Callable[..., Array]
 ) -> Labelled:
     """One dot_general, over the labels that nothing else needs."""
-    shared = [label for label in lhs.labels if label in rhs.labels]
+    numbers, labels = pairing(lhs.labels, rhs.labels, needed, output)
+    other_numbers, other_labels = pairing(rhs.labels, lhs.labels, needed, output)
+    if labels != output == other_labels:  # the other way round there is nothing to transpose
+        lhs, rhs, numbers, labels = rhs, lhs, other_numbers, other_labels
+    return Labelled(multiply(lhs.operand, rhs.operand, numbers), labels)
+
+
+def pairing(lhs: str, rhs: str, needed: set[str], output: str) -> tuple[DimensionNumbers, str]:
+    """The dot_general of operands with these labels, over those not needed; and its result's."""
+    shared = [label for label in lhs if label in rhs]
     batch = [label for label in output if label in shared]
     batch += [label for label in shared if label in needed and label not in batch]
     contract = [label for label in shared if label not in batch]
-    free = ["".join(c for c in t.labels if c not in shared) for t in (lhs, rhs)]
-    labels = ["".join([*batch, *order]) for order in (free, free[::-1])]
-    if labels[0] != output == labels[1]:  # the other way round there is nothing to transpose
-        lhs, rhs, free = rhs, lhs, free[::-1]
     (lhs_contract, lhs_batch), (rhs_contract, rhs_batch) = (
-        tuple([t.labels.index(label) for label in group] for group in (contract, batch))
-        for t in (lhs, rhs)
+        tuple([labels.index(label) for label in group] for group in (contract, batch))
+        for labels in (lhs, rhs)
     )
-    numbers = (lhs_contract, rhs_contract), (lhs_batch, rhs_batch)
-    return Labelled(multiply(lhs.operand, rhs.operand, numbers), "".join([*batch, *free]))
+    free = [label for labels in (lhs, rhs) for label in labels if label not in shared]
+    return ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)), "".join([*batch, *free])

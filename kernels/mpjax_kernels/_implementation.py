@@ -144,6 +144,12 @@ def check_names(
     return names
 
 
+def hashable(implementation: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Names that were checked, so that they can be a static argument."""
+    given = implementation
+    return given if given is None or isinstance(given, str) else tuple(given)
+
+
 def describe_all(operands: tuple[Operand, ...]) -> str:
     """The operands in a message: `int8[3,8] by float32[8,5]`."""
     return " by ".join(map(describe, operands))

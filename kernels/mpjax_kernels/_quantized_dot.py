@@ -1,62 +1,22 @@
-"""A product that is quantized on the way in, forward and backward, and can be trained through.
-
-    out  = lhs   @ rhs      quantized as `formats.out`
-    dlhs = g     @ rhs.T    quantized as `formats.dlhs`
-    drhs = lhs.T @ g        quantized as `formats.drhs`
-
-Rounding is passed straight through: the derivatives are those of the product of the dequantized
-operands. What a given scale clipped has no derivative. Between the passes the operands are kept as
-they were quantized, with one bit per entry to say what was clipped.
-
-`rhs` was quantized per output channel, and `dlhs` sums over output channels: a scale that varies
-along the axes a backward product contracts cannot be applied after it. It multiplies `g` before
-that is quantized, so that the saved values are multiplied as they are:
-
-    dlhs = (g * rhs.scale) @ rhs.values.T
-"""
+"""quantized_dot_general: `jax.lax.dot_general`, quantized on the way in, and its derivative."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, cast
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._arguments import result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
-from ._dot_formats import DotFormats, Resolved
+from ._dot_formats import DotFormats
 from ._dot_general import IMPLEMENTATIONS, multiply
-from ._implementation import Operand, check_names
-from ._operand import Axes, amax_of, quantize_operand
-from ._probe import cotangent
-from ._qtensor import QTensor, describe
-from ._residual import fold, requantize, save
+from ._dot_scales import DotScales
+from ._implementation import Operand, check_names, hashable
+from ._operand import Axes
+from ._qtensor import QTensor
+from ._quantized_product import check_operands, quantized_product
 from ._transposed import dlhs, drhs, onto_lhs, onto_rhs
-from ._varying import vary_like
-
-Scale = Float[Array, "..."] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DotScales:
-    """Something for each operand that a differentiable product quantizes: scales, or amaxes.
-
-    Attributes:
-        lhs: Of the left operand.
-        rhs: Of the right operand.
-        dlhs: Of the gradient where it is multiplied by `rhs`.
-        drhs: Of the gradient where it is multiplied by `lhs`.
-    """
-
-    lhs: Scale = None
-    rhs: Scale = None
-    dlhs: Scale = None
-    drhs: Scale = None
 
 
 def quantized_dot_general(
@@ -121,53 +81,59 @@ def quantized_dot_general(
         NotImplementedError: If no implementation allowed takes a product.
     """
     check_names(IMPLEMENTATIONS, implementation)
-    _check_class("formats", formats, DotFormats)
-    _check_class("scales", scales, DotScales | None)
-    _check_class("amax_probes", amax_probes, DotScales | None)
-    left, right = _floating("lhs", lhs), _floating("rhs", rhs)
-    names = implementation
-    how = _How(
-        contraction(left.shape, right.shape, dimension_numbers),
+    left, right = check_operands(lhs, rhs, formats, scales, amax_probes)
+    axes = contraction(left.shape, right.shape, dimension_numbers)
+    return quantized_product(
+        _Dots(axes, precision, hashable(implementation)),
+        left,
+        right,
         formats,
-        precision,
-        left.dtype,
-        right.dtype,
-        result_dtype(left, right, preferred_element_type),
-        names if names is None or isinstance(names, str) else tuple(names),
+        scales,
+        amax_probes,
         straight_through,
+        key,
+        preferred_element_type,
     )
-    if key is None and formats.is_stochastic:
-        raise ValueError(f"{formats} rounds stochastically: give a `key`")
-    left, right = vary_like(left, right), vary_like(right, left)
-    return _dot(how, left, right, scales or DotScales(), amax_probes or DotScales(), key)
 
 
 @dataclass(frozen=True)
-class _How:
-    """What is static of a product: its axes, formats, and the dtypes of its operands and result."""
+class _Dots:
+    """The three products of a differentiable dot: `Products` of a contraction."""
 
     axes: Contraction
-    formats: DotFormats
     precision: jax.lax.PrecisionLike
-    lhs_dtype: np.dtype
-    rhs_dtype: np.dtype
-    dtype: np.dtype
     implementation: str | tuple[str, ...] | None
-    straight_through: bool
 
     @property
-    def out(self) -> Resolved:
-        return cast(Resolved, self.formats.out)
+    def out_axes(self) -> tuple[Axes, Axes]:
+        return _parts(self.axes)
 
     @property
-    def dlhs(self) -> Resolved:
-        return cast(Resolved, self.formats.dlhs)
+    def dlhs_axes(self) -> tuple[Axes, Axes]:
+        return _parts(dlhs(self.axes).contraction)
 
     @property
-    def drhs(self) -> Resolved:
-        return cast(Resolved, self.formats.drhs)
+    def drhs_axes(self) -> tuple[Axes, Axes]:
+        return _parts(drhs(self.axes).contraction)
 
-    def multiply(
+    def out(self, lhs: Operand, rhs: Operand, dtype: np.dtype) -> Float[Array, "*out"]:
+        return self._multiply(lhs, rhs, self.axes, dtype)
+
+    def dlhs(self, g: Operand, rhs: Operand, dtype: np.dtype) -> Float[Array, "*lhs"]:
+        to_lhs = dlhs(self.axes)
+        return self._multiply(g, rhs, to_lhs.contraction, dtype).transpose(to_lhs.order)
+
+    def drhs(self, lhs: Operand, g: Operand, dtype: np.dtype) -> Float[Array, "*rhs"]:
+        to_rhs = drhs(self.axes)
+        return self._multiply(lhs, g, to_rhs.contraction, dtype).transpose(to_rhs.order)
+
+    def rhs_onto_g(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        return onto_lhs(scale, dlhs(self.axes).contraction)
+
+    def lhs_onto_g(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        return onto_rhs(scale, drhs(self.axes).contraction)
+
+    def _multiply(
         self, lhs: Operand, rhs: Operand, axes: Contraction, dtype: np.dtype
     ) -> Float[Array, "..."]:
         if isinstance(lhs, QTensor) or isinstance(rhs, QTensor):
@@ -175,90 +141,5 @@ class _How:
         return jax.lax.dot_general(lhs, rhs, axes.dimension_numbers, self.precision, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(how: _How, lhs, rhs, scales: DotScales, probes: DotScales, key):
-    return _forward(how, lhs, rhs, scales, probes, key)[0]
-
-
-def _forward(how: _How, lhs, rhs, scales: DotScales, probes: DotScales, key):
-    c, keys = how.axes, _keys(key)
-    lhs_axes, rhs_axes = Axes(c.lhs_contract, c.lhs_free), Axes(c.rhs_contract, c.rhs_free)
-    left = quantize_operand(lhs, how.out[0], lhs_axes, scales.lhs, keys["lhs"])
-    right = quantize_operand(rhs, how.out[1], rhs_axes, scales.rhs, keys["rhs"])
-    out = how.multiply(left, right, c, how.dtype)
-    amaxes = DotScales(amax_of(lhs, scales.lhs, left), amax_of(rhs, scales.rhs, right))
-    clips = DotScales() if how.straight_through else scales
-    saved_lhs = save(lhs, left, how.drhs[0], lhs_axes, clips.lhs, keys["saved_lhs"])
-    saved_rhs = save(rhs, right, how.dlhs[1], rhs_axes, clips.rhs, keys["saved_rhs"])
-    seen = DotScales(
-        None if probes.lhs is None else amaxes.lhs, None if probes.rhs is None else amaxes.rhs
-    )
-    return (out, amaxes), (saved_lhs, saved_rhs, scales, probes, seen, keys)
-
-
-def _backward(how: _How, residuals, cotangents):
-    saved_lhs, saved_rhs, scales, probes, seen, keys = residuals
-    g, _ = cotangents  # the amaxes have no derivative
-    to_lhs, to_rhs = dlhs(how.axes), drhs(how.axes)
-
-    c = to_lhs.contraction
-    axes = Axes(c.rhs_contract, c.rhs_free)
-    rhs = requantize(saved_rhs.operand, how.dlhs[1], axes, how.rhs_dtype, keys["saved_rhs"])
-    folded, rhs = fold(g, rhs, axes, partial(onto_lhs, c=c), how.dlhs[0])
-    axes = Axes(c.lhs_contract, c.lhs_free)
-    left = quantize_operand(folded, how.dlhs[0], axes, scales.dlhs, keys["dlhs"])
-    amax_dlhs = amax_of(folded, scales.dlhs, left)
-    grad_lhs = how.multiply(left, rhs, c, how.lhs_dtype).transpose(to_lhs.order)
-
-    c = to_rhs.contraction
-    axes = Axes(c.lhs_contract, c.lhs_free)
-    lhs = requantize(saved_lhs.operand, how.drhs[0], axes, how.lhs_dtype, keys["saved_lhs"])
-    folded, lhs = fold(g, lhs, axes, partial(onto_rhs, c=c), how.drhs[1])
-    axes = Axes(c.rhs_contract, c.rhs_free)
-    right = quantize_operand(folded, how.drhs[1], axes, scales.drhs, keys["drhs"])
-    amax_drhs = amax_of(folded, scales.drhs, right)
-    grad_rhs = how.multiply(lhs, right, c, how.rhs_dtype).transpose(to_rhs.order)
-
-    observed = _observed(probes, replace(seen, dlhs=amax_dlhs, drhs=amax_drhs), g)
-    return saved_lhs.masked(grad_lhs), saved_rhs.masked(grad_rhs), None, observed, None
-
-
-_dot.defvjp(_forward, _backward)
-
-
-def _observed(probes: DotScales, amaxes: DotScales, g: Float[Array, "*out"]) -> DotScales:
-    """The amaxes as cotangents of the probes; none of an operand whose product got no gradient."""
-    if probes.lhs is not None or probes.rhs is not None:
-        found = next((a for a in (amaxes.dlhs, amaxes.drhs) if a is not None), g)
-        used = jnp.any(found != 0)  # NaN is not zero
-        operands = DotScales(amaxes.lhs, amaxes.rhs)
-        operands = jax.tree.map(lambda amax: jnp.where(used, amax, 0.0), operands)
-        amaxes = replace(operands, dlhs=amaxes.dlhs, drhs=amaxes.drhs)
-    names = ("lhs", "rhs", "dlhs", "drhs")
-    return DotScales(*(cotangent(getattr(probes, n), getattr(amaxes, n)) for n in names))
-
-
-def _keys(key: Array | None) -> dict[str, Array | None]:
-    """A key for each operand that may be rounded stochastically."""
-    names = ("lhs", "rhs", "saved_lhs", "saved_rhs", "dlhs", "drhs")
-    if key is None:
-        return dict.fromkeys(names)
-    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
-
-
-def _check_class(name: str, value: Any, expected: Any) -> None:
-    if not isinstance(value, expected):
-        kind = "a DotFormats" if expected is DotFormats else "a DotScales or None"
-        raise TypeError(f"`{name}` must be {kind}, got {value!r}")
-
-
-def _floating(name: str, operand: Float[Array, "..."]) -> Float[Array, "..."]:
-    if isinstance(operand, QTensor):
-        raise TypeError(
-            f"`{name}` is {describe(operand)}, which is quantized already: give the array, or "
-            "multiply by mpjax_kernels.dot_general, which is differentiable in an array beside it"
-        )
-    array = jnp.asarray(operand)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must have a floating dtype to be quantized, got {array.dtype}")
-    return array
+def _parts(c: Contraction) -> tuple[Axes, Axes]:
+    return Axes(c.lhs_contract, c.lhs_free), Axes(c.rhs_contract, c.rhs_free)

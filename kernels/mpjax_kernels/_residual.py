@@ -41,11 +41,12 @@ class Saved:
 def save(
     x, operand: Operand, backward, axes: Axes, scale: Float[Array, "..."] | None, key
 ) -> Saved:
+    """Keeps an operand as it was multiplied, or as the backward product, of `axes`, will."""
     unclipped = None
     if isinstance(operand, QTensor):
         unclipped = None if scale is None else pack_unclipped(x, operand)
-    else:  # the backward product sums over what is free here
-        operand = quantize_operand(x, backward, Axes(axes.free, axes.contract), None, key)
+    else:
+        operand = quantize_operand(x, backward, axes, None, key)
     return name_saved(Saved(operand, unclipped), CHECKPOINT_NAME)
 
 
@@ -57,7 +58,8 @@ def requantize(
         return operand
     if how is None:
         return dequantize(operand, dtype)
-    long = all(operand.shape[a] >= _SHORTEST_RUN * operand.scale.shape[a] for a in axes.contract)
+    runs = [(operand.shape[a], operand.scale.shape[a]) for a in axes.contract]
+    long = all(count == 1 or size >= _SHORTEST_RUN * count for size, count in runs)
     foldable = all(operand.scale.shape[a] == 1 for a in axes.free)
     if operand.format == how.format and (long or foldable):
         return operand
