@@ -17,7 +17,7 @@ gradient came) or as not finite leaves the state as it was.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class CurrentScaling:
         and per output channel of a weight.
     """
 
-    granularity: str = "tensor"
+    granularity: Literal["tensor", "channel"] = "tensor"
 
 
 @jax.tree_util.register_static
@@ -134,7 +134,7 @@ class ScalingState:
         return self.scale if self.probe is None else self.scale * self.probe.units
 
     def __getitem__(self, index: Any) -> "ScalingState":
-        """The states at an index of the leading axes, of a stack of layers; `[...]` is the whole."""
+        """The states at an index into a stack of layers; `[...]` is the whole."""
         return jax.tree.map(lambda x: x[index], self)
 
 

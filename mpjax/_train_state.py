@@ -208,7 +208,7 @@ def next_scaling(scaling: Any, observed: Any, opt_state: Any, new_opt_state: Any
     return select(moved, update_scaling(states), states)
 
 
-def _gradient_steps(opt_state: Any) -> list[Array]:
+def _gradient_steps(opt_state: Any) -> list[Any]:
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
     return [x.gradient_step for x in leaves if isinstance(x, optax.MultiStepsState)]
 

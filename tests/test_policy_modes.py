@@ -20,6 +20,8 @@ from mpjax._policy_map import freeze, require_available
         ("int4/-1", mp.Mode("int4/-1", "int4", "none", "channel", -1)),
         ("int4", mp.Mode("int4/-1", "int4", "none", "channel", -1)),
         ("float8", mp.Mode("float8", "float8_e4m3fn", "delayed", "tensor")),
+        ("float8_current", mp.Mode("float8_current", "float8_e4m3fn", "dynamic", "tensor")),
+        ("int8_delayed", mp.Mode("int8_delayed", "int8", "delayed", "tensor")),
         ("float8/row", mp.Mode("float8/row", "float8_e4m3fn", "dynamic", "row")),
         ("float8/128x128", mp.Mode("float8/128x128", "float8_e4m3fn", "dynamic", "128x128")),
         ("gptq/4/128", mp.Mode("gptq/4/128", "int4", "none", "group", 128, method="gptq")),
@@ -51,6 +53,13 @@ def test_mode_strings(mode, expected):
         ("gptq", {"group_size": 64}, "gptq/4/64"),
         ("float8", {"activations": "delayed"}, "float8"),
         ("float8", {"granularity": "row"}, "float8/row"),
+        ("float8", {"activations": "dynamic"}, "float8_current"),
+        ("float8", {"scaling": "current"}, "float8_current"),
+        ("float8", {"scaling": "current", "granularity": "row"}, "float8/row"),
+        ("float8", {"scaling": "delayed"}, "float8"),
+        ("int8", {"scaling": "delayed"}, "int8_delayed"),
+        ("int8", {"scaling": "current"}, "int8"),
+        ("int8", {"scaling": "static"}, "int8_static"),
         ("float8", {"granularity": "128x128", "activations": "dynamic"}, "float8/128x128"),
     ],
 )
@@ -63,7 +72,7 @@ def test_long_form_ends_at_the_canonical_mode(mode, keywords, canonical):
 @pytest.mark.parametrize(
     ("mode", "keywords", "message"),
     [
-        ("int8", {"activations": "delayed"}, "mode='int8' does not support activations='delayed'"),
+        ("int8", {"granularity": "row"}, "mode='int8' does not support granularity='row'"),
         ("int8", {"group_size": 128}, "mode='int8' does not support group_size=128"),
         ("int8", {"symmetric": False}, "mode='int8' does not support symmetric=False"),
         ("int8_static", {"activations": "dynamic"}, "'int8_static' does not.*'dynamic'"),
@@ -72,7 +81,10 @@ def test_long_form_ends_at_the_canonical_mode(mode, keywords, canonical):
         ("int4", {"activations": "dynamic"}, "mode='int4' does not support activations='dynamic'"),
         ("gptq/4/128", {"symmetric": False}, "mode='gptq/4/128' does not.*symmetric=False"),
         ("float8", {"activations": "delayed", "granularity": "row"}, "'float8' does not.*'row'"),
-        ("float8", {"activations": "dynamic"}, "is ambiguous with.*float8/row.*float8/128x128"),
+        ("float8", {"scaling": "current", "activations": "delayed"}, "'current' means.*'dynamic'"),
+        ("float8", {"scaling": "dynamic"}, r"`scaling` must be one of \('delayed', 'current', 'st"),
+        ("float8", {"margin": 65}, "`margin` is a power of two between -64 and 64.*margin=65"),
+        ("float8", {"amax_algorithm": "mean"}, r"one of \('max', 'most_recent'\).*'mean'"),
         ("int4", {"group_size": 0}, "group_size=0: it must be a positive integer, or -1"),
         ("int4", {"group_size": 128.0}, "group_size=128.0: it must be a positive integer"),
         ("int4", {"group_size": True}, "group_size=True: it must be a positive integer"),
@@ -115,7 +127,8 @@ def test_asymmetric_int4_is_a_field_outside_the_name():
 
 def test_modes_lists_every_variant_once():
     assert [mode.name for mode in mp.modes()] == [
-        *("int8", "int8_static", "int8_weight_only", "float8", "float8/row", "float8/128x128"),
+        *("int8", "int8_static", "int8_weight_only", "int8_delayed"),
+        *("float8", "float8_current", "float8/row", "float8/128x128"),
         *("int4/-1", "int4/128", "gptq/4/128", "awq/4/128"),
     ]
     for mode in mp.modes():
