@@ -27,6 +27,7 @@ Operand = jax.Array | mk.QTensor
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
 _IN_8_BITS = ("cpu", "gpu", "xla")
+_CONV_IN_8_BITS = ("cpu", "xla")
 
 
 class States(Protocol):
@@ -69,7 +70,9 @@ class _QuantizedProduct:
     states: States = Stateless()
     path: str | None = None
 
-    def _trained(self, product: Any, *operands: Any, **options: Any) -> jax.Array:
+    def _trained(
+        self, product: Any, *operands: Any, implementation: Any = _IN_8_BITS, **options: Any
+    ) -> jax.Array:
         """One of the differentiable products of `mpjax_kernels`, by the states' scales."""
         states = self.states.read()
         out, amaxes = product(
@@ -78,7 +81,7 @@ class _QuantizedProduct:
             scales=_scales(states),
             amax_probes=_probes(states),
             straight_through=True,
-            implementation=_IN_8_BITS,
+            implementation=implementation,
             **options,
         )
         found = {"input": amaxes.lhs, "kernel": amaxes.rhs}
@@ -182,6 +185,7 @@ class QuantizedConv(_QuantizedProduct):
             rhs,
             window_strides,
             padding,
+            implementation=_CONV_IN_8_BITS,
             lhs_dilation=lhs_dilation,
             rhs_dilation=rhs_dilation,
             dimension_numbers=dimension_numbers,

@@ -32,8 +32,8 @@ _LINEAR = ("xla", "reference")
 
 _NO_DERIVATIVE = (
     "the product of two QTensors has no derivative: their values come from rounding, which is "
-    "flat. To train through quantized products use mpjax_kernels.quantized_dot_general (no "
-    "policy of mpjax does yet); differentiate the model before it is quantized, or keep one "
+    "flat. To train through quantized products use mpjax_kernels.quantized_dot_general, or a "
+    "policy of mpjax; differentiate the model before it is quantized, or keep one "
     "operand an array (the product is differentiable in that one)"
 )
 
