@@ -112,7 +112,7 @@ def _record(path: str, leaf: Any) -> Record:
             f"'{path}' is a {type(leaf).__name__}, but a checkpoint holds arrays and numbers only: "
             "keep it as static metadata, or leave it out"
         )
-    known = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    known: Any = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return Record(tuple(known.shape), str(known.dtype))
 
 
