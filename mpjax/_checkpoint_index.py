@@ -77,9 +77,9 @@ class Index:
 
     def differences(self, template: Self) -> Iterator[str]:
         """What a checkpoint and a template do not have in common, one line each."""
-        saved = {**self.leaves, **self.states}
-        wanted = {**template.leaves, **template.states}
-        for path in sorted(saved.keys() | wanted.keys()):
+        saved = {**self.states, **self.leaves}
+        wanted = {**template.states, **template.leaves}
+        for path in {**saved, **wanted}:  # in their order: parameters before optimizer states
             if path not in wanted:
                 yield f"{path}: {saved[path]} in the checkpoint, absent from the template"
             elif path not in saved:

@@ -24,7 +24,8 @@ def imported(statement: str, *packages: str) -> list[str]:
 
 
 def test_mpjax_loads_no_flax_api_until_one_is_used():
-    assert imported("import mpjax", "mpjax", "flax.linen", "flax.nnx") == ["mpjax"]
+    packages = ("mpjax", "flax.linen", "flax.nnx", "orbax.checkpoint")
+    assert imported("import mpjax", *packages) == ["mpjax"]
 
 
 def test_the_kernels_load_no_framework():
