@@ -1,4 +1,4 @@
-"""A process that saves step after step until it is killed: see test_checkpoint.py."""
+"""A process that saves step after step until it is killed: see test_checkpoint_files.py."""
 
 import sys
 
