@@ -29,10 +29,20 @@ def example():
 
 
 @pytest.fixture(scope="module")
-def finished(example, tmp_path_factory):
+def fast(tmp_path_factory) -> dict[str, str]:
+    """An environment that compiles fast and once: these tests compile the same program thrice."""
+    return {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, fast):
     """The folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("finished")
-    assert example("train_float8").main([*TINY, "--output", str(folder)]) == 0
+    run(folder, *TINY, **fast)
     return folder
 
 
@@ -45,15 +55,21 @@ def history(folder: Path, policy: str = FLOAT8) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, str(EXAMPLE), *arguments, "--output", str(folder)],
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> None:
+    process = start(folder, *arguments, **environment)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
 
 
 def outcome_of(example, bits: float, step_time: float = 0.1, **fields):
@@ -82,8 +98,8 @@ def test_a_run_that_ended_is_reported_again_and_not_trained_again(example, finis
     assert weights(finished) in capsys.readouterr().out
 
 
-def test_a_run_killed_in_training_ends_with_the_same_weights(example, finished, tmp_path):
-    process = start(tmp_path, *TINY)
+def test_a_run_killed_in_training_ends_with_the_same_weights(finished, tmp_path, fast):
+    process = start(tmp_path, *TINY, **fast)
     while not (tmp_path / FLOAT8 / "checkpoints" / "6").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
@@ -91,7 +107,7 @@ def test_a_run_killed_in_training_ends_with_the_same_weights(example, finished, 
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / FLOAT8 / "result.json").exists()
-    assert example("train_float8").main(["--resume", "--output", str(tmp_path)]) == 0
+    run(tmp_path, "--resume", **fast)
     assert weights(tmp_path) == weights(finished)
     assert history(tmp_path) == history(finished)
 
@@ -105,8 +121,7 @@ def test_a_run_killed_at_random_points_ends_with_the_same_weights(tmp_path):
     wanted = int(os.environ.get("MPJAX_KILLS", "2"))
     arguments = ("--quick", "--resume", "--policies", FLOAT16, FLOAT8)
     started = time.perf_counter()
-    out, _ = (process := start(tmp_path / "whole", *arguments)).communicate()
-    assert process.returncode == 0, out
+    run(tmp_path / "whole", *arguments)
     seconds, kills = time.perf_counter() - started, 0
     for i in itertools.count():
         folder, done = tmp_path / f"run_{i}", False
