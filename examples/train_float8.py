@@ -14,10 +14,10 @@ in `train_float8.png`, in the folder of the run. Exits with 1 if one is not with
 
     python examples/train_float8.py            # 1000 steps of each: about ten minutes on two cores
     python examples/train_float8.py --resume   # goes on where it was interrupted, or killed
+    python examples/train_float8.py --nnx      # the same with NNX
 
-Every 100 steps the whole `mp.TrainState` is saved: parameters, optimizer, scaling states, loss
-scale and step. A run that was resumed ends with the same weights, bit for bit: compare the SHA-256
-under the table.
+Every 100 steps all of it is saved: parameters, optimizer, scaling states, loss scale, step. A run
+that was resumed ends with the same weights, bit for bit: compare the SHA-256 under the table.
 
 This is about quality. On a CPU float8 saves nothing: XLA computes its products in a wider format,
 so a step takes about as long as one in bfloat16, or longer. How fast float8 is is the question of
@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     settings = plan.settings
     console.print(
-        f"{settings.steps} steps of {settings.batch * settings.shape.context} bytes under each of "
-        f"{len(plan.policies)} policies, seed {settings.seed}, in `{options.output}`."
+        f"{settings.steps} steps of {settings.batch * settings.shape.context} bytes, seed "
+        f"{settings.seed}, under each of {len(plan.policies)} policies, in "
+        f"{'NNX' if plan.nnx else 'Linen'}; the run is in `{options.output}`."
     )
     started = time.perf_counter()
     try:

@@ -28,7 +28,8 @@ class Plan:
     settings: Settings
     policies: tuple[str, ...]
     checkpoint_every: int
-    quick: bool
+    quick: bool = False
+    nnx: bool = False
 
     def record(self, text: np.ndarray) -> dict[str, Any]:
         """The plan and the SHA-256 of the text to train on, as JSON will have them."""
@@ -41,7 +42,7 @@ class Plan:
         }
 
 
-FULL = Plan(Settings(), POLICIES, checkpoint_every=100, quick=False)
+FULL = Plan(Settings(), POLICIES, checkpoint_every=100)
 QUICK_SETTINGS = dataclasses.replace(byte_lm_settings.QUICK, steps=30)
 QUICK = Plan(QUICK_SETTINGS, POLICIES, checkpoint_every=3, quick=True)
 
@@ -52,6 +53,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--resume", action="store_true", help="continue the run in --output, or begin it")
     add("--output", type=Path, default=Path("float8_run"), help="the folder of the run")
+    add("--nnx", action="store_true", default=None, help="the model in NNX instead of Linen")
     add("--steps", type=int, help=f"of each policy (default {FULL.settings.steps})")
     add("--seed", type=int, help=f"weights and batches (default {FULL.settings.seed})")
     add("--policies", nargs="+", choices=POLICIES, metavar="POLICY", help="default: all five")
@@ -101,7 +103,8 @@ def _make_plan(options: argparse.Namespace, recorded: dict[str, Any]) -> Plan:
         raise ValueError(f"--seed is {seed}: at least 0")
     policies = dict.fromkeys(asked("policies", plan.policies))  # once each, as given
     settings = dataclasses.replace(plan.settings, steps=steps, seed=seed)
-    return dataclasses.replace(plan, settings=settings, policies=tuple(policies))
+    nnx = asked("nnx", plan.nnx)
+    return dataclasses.replace(plan, settings=settings, policies=tuple(policies), nnx=nnx)
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
