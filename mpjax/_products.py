@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._context import Product, active
+from ._max_gradient import refuse_unchecked_shard_map
 from ._scaling import ScalingState
 
 Operand = jax.Array | mk.QTensor
@@ -101,7 +102,10 @@ def _scales(states: Mapping[str, ScalingState]) -> mk.DotScales:
 
 def _probes(states: Mapping[str, ScalingState]) -> mk.DotScales:
     """The probes likewise; one of the gradient is enough."""
-    probes = {name: state.probe.zeros for name, state in states.items() if state.probe}
+    probes = {name: state.probe for name, state in states.items() if state.probe is not None}
+    for probe in probes.values():
+        refuse_unchecked_shard_map(probe.manual_axes)
+    probes = {name: probe.zeros for name, probe in probes.items()}
     return mk.DotScales(probes.get("input"), probes.get("kernel"), probes.get("output_grad"))
 
 
