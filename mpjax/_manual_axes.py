@@ -1,8 +1,8 @@
 """The mesh axes of a `jax.shard_map`, and whether it can be differentiated from outside.
 
 With `check_vma=True` JAX knows along which axes a value varies between devices, and a product takes
-the largest amax over them. With `check_vma=False` the transpose of the `shard_map` itself sums every
-cotangent of a replicated input over devices, that of a probe too, for which there is no such sum.
+the largest amax over them. With `check_vma=False` the transpose of the `shard_map` itself sums the
+cotangents of replicated inputs over devices, those of probes too, for which there is no such sum.
 """
 
 import jax

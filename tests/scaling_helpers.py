@@ -81,7 +81,7 @@ class LinenLoop:
 
     def forward(self, *inputs: Any) -> Any:
         """The model's output; nothing changes."""
-        return self.model.apply(self.carry.variables, *inputs)
+        return _jitted_apply(self.model, self.carry.variables, *inputs)
 
     @property
     def states(self) -> dict[str, mp.ScalingState]:
@@ -134,7 +134,7 @@ def linen_step(
 
 
 class NnxLoop:
-    """An NNX model in training; arguments as `LinenLoop`'s, but `module` is made from `nnx.Rngs`."""
+    """An NNX model in training; as `LinenLoop`, but `module` is a function of `nnx.Rngs`."""
 
     def __init__(self, module, policy, tx, *example, microbatches: int = 0, seed: int = 0):
         del example
@@ -149,7 +149,7 @@ class NnxLoop:
 
     def forward(self, *inputs: Any) -> Any:
         """The model's output; nothing changes."""
-        return self.model(*inputs)
+        return _jitted_call(self.model, *inputs)
 
     @property
     def states(self) -> dict[str, mp.ScalingState]:
@@ -204,6 +204,8 @@ def nnx_step(
 # One of each, so that loops of equal models and optimizers compile once.
 _jitted_linen_step = jax.jit(linen_step, static_argnames=("loss", "microbatches"))
 _jitted_nnx_step = nnx.jit(nnx_step, static_argnames=("loss", "microbatches"))
+_jitted_apply = jax.jit(lambda model, *args: model.apply(*args), static_argnums=0)
+_jitted_call = nnx.jit(lambda model, *args: model(*args))
 _wrapped = functools.cache(mp.wrap)
 _init = jax.jit(lambda model, *args: model.init(*args), static_argnums=0)
 

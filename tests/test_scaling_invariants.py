@@ -449,18 +449,16 @@ def on_a_mesh(api, around_step=None, around_loss=lambda mesh, f: f):
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     reduce = functools.partial(jax.lax.pmean, axis_name="data") if around_step else lambda g: g
     options = {"reduce": reduce, "around": functools.partial(around_loss, mesh)}
-    if api == "linen":
-        carry = loop.carry
-
-        def step(carry, x, c):
-            return linen_step(carry, x, c, **options)[0]
-    else:
+    graph, carry = (None, loop.carry)
+    if api == "nnx":
         graph, carry = nnx.split((loop.model, loop.optimizer))
 
-        def step(carry, x, c):
-            model, optimizer = nnx.merge(graph, carry)
-            nnx_step(model, optimizer, x, c, **options)
-            return nnx.split((model, optimizer))[1]
+    def step(carry, x, c):
+        if graph is None:
+            return linen_step(carry, x, c, **options)[0]
+        model, optimizer = nnx.merge(graph, carry)
+        nnx_step(model, optimizer, x, c, **options)
+        return nnx.split((model, optimizer))[1]
 
     step = jax.jit((around_step or (lambda mesh, f: f))(mesh, step))
     carry = jax.device_put(carry, NamedSharding(mesh, P()))
