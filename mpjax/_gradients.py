@@ -23,7 +23,8 @@ import mpjax_kernels as mk
 
 from ._loss_scale import training_loss_scale
 from ._loss_scale_state import LossScaleState, all_finite
-from ._max_gradient import amax_of, manual_axes, probe_of
+from ._manual_axes import manual_axes
+from ._max_gradient import amax_of, probe_of
 from ._scaling import Probe, ScalingState, map_states
 
 
@@ -137,10 +138,11 @@ def probes_of(states: Any) -> Any:
 
 def with_probes(states: Any, zeros: Any, loss_scale: LossScaleState) -> Any:
     """The states as a differentiated loss sees them."""
+    axes = manual_axes()
 
     def each(state: ScalingState, zero: Array) -> ScalingState:
         units = jnp.broadcast_to(_units(state, loss_scale), zero.shape)
-        return dataclasses.replace(state, probe=Probe(probe_of(zero), units, manual_axes()))
+        return dataclasses.replace(state, probe=Probe(probe_of(zero), units, axes))
 
     return map_states(each, states, zeros)
 

@@ -28,30 +28,6 @@ def amax_of(cotangent: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.maximum(cotangent, 0.0)
 
 
-def manual_axes() -> frozenset[str]:
-    """The mesh axes of the `shard_map`s that are being traced."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return frozenset() if mesh.empty else frozenset(mesh.manual_axes)
-
-
-def refuse_unchecked_shard_map(made_in: frozenset[str]) -> None:
-    """Raises NotImplementedError where a probe's cotangents would be summed over devices.
-
-    That is what the transpose of a `shard_map` with `check_vma=False` does to what the devices
-    share, and a probe has no sum. `made_in` are the manual axes where the probe was made.
-    """
-    entered = tuple(sorted(manual_axes() - made_in))
-    if not entered:
-        return
-    varying = jax.lax.pcast(jnp.zeros(()), entered, to="varying")
-    if not jax.typeof(varying).manual_axis_type.varying:  # without the check nothing is tracked
-        raise NotImplementedError(
-            "a layer with scaling state runs in a `jax.shard_map` with check_vma=False inside the "
-            "loss: its transpose sums over devices what should be the largest of them. Use "
-            "check_vma=True, or call value_and_grad inside the shard_map"
-        )
-
-
 @functools.cache
 def _max_dtype() -> Any:
     try:  # not before it is needed: `import mpjax` loads no Flax API
