@@ -1,15 +1,12 @@
-"""Checkpoints of everything that training carries, by Orbax.
+"""Checkpoints of everything that training carries.
 
     <directory>/<step>/arrays    the arrays, by path: variables/params/Dense_0/kernel
     <directory>/<step>/index     JSON: shape, dtype and checksum of each
 
-Orbax writes a checkpoint under another name and renames it once it is whole, so whatever ends a
-save half-way leaves those before it as they were. It does not notice a flipped byte in an array,
-hence the checksums. Static metadata (functions, policies, recipes) is not saved: the template that
-a checkpoint is restored into has it.
+Static metadata (functions, policies, recipes) is not saved: the template that a checkpoint is
+restored into has it.
 """
 
-import dataclasses
 import importlib
 import operator
 import sys
@@ -18,20 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from ._leaves import (
-    Record,
-    by_path,
-    checksum,
-    differences,
-    plain,
-    record_of,
-    restored,
-    sharding_to_restore,
-)
-
-_ARRAYS, _INDEX = "arrays", "index"
+from . import _orbax
+from ._checkpoint_index import Index, by_path
+from ._checkpoint_leaves import checksum, plain, restored, sharding_to_restore
 
 
 def save_checkpoint(
@@ -61,23 +48,16 @@ def save_checkpoint(
       TypeError: a leaf of `state` is neither an array nor a number, or `step` is not an integer.
       ValueError: no step is known, or it is not after the latest; `keep` is less than 1.
     """
-    ocp = _orbax()
-    directory = Path(directory).absolute()
+    directory = _orbax.local(directory)
     step = _step_of(state) if step is None else operator.index(step)
     if keep is not None and keep < 1:
         raise ValueError(f"`keep` must be at least 1, or None to keep all. Received: keep={keep}")
     _check_after(directory, step)
-    leaves = by_path(_pure(state))
-    records = {path: record_of(path, leaf) for path, leaf in leaves.items()}
-    arrays = {path: plain(leaves[path]) for path, record in records.items() if record.stored}
-    sums = {path: checksum(array) for path, array in arrays.items()}
-    index = {path: _to_json(record, sums.get(path)) for path, record in records.items()}
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    items = {_ARRAYS: ocp.args.PyTreeSave(arrays), _INDEX: ocp.args.JsonSave(index)}
-    with ocp.CheckpointManager(directory, options=options) as manager:
-        manager.save(step, args=ocp.args.Composite(**items), force=True)
+    pure = _pure(state)
+    index, leaves = Index.of(pure), by_path(pure)
+    arrays = {path: plain(leaves[path]) for path, record in index.leaves.items() if record.stored}
+    checksums = {path: checksum(array) for path, array in arrays.items()}
+    _orbax.write(directory, step, arrays, index.to_json(checksums), keep)
     return directory / str(step)
 
 
@@ -102,19 +82,17 @@ def restore_checkpoint(directory: str | Path, template: Any, *, step: int | None
       FileNotFoundError: the directory has no such checkpoint.
       ValueError: the checkpoint does not fit the template, or is damaged. Nothing was changed.
     """
-    directory = Path(directory).absolute()
+    directory = _orbax.local(directory)
     step = _existing(directory, step)
     pure = _pure(template)
-    leaves = by_path(pure)
-    wanted = {path: record_of(path, leaf) for path, leaf in leaves.items()}
     saved = _read_index(directory, step)
-    _check_fits(directory, step, saved, wanted)
-    stored = {path: leaf for path, leaf in leaves.items() if saved[path].stored}
-    arrays = _read_arrays(directory, step, stored)
+    _check_fits(directory, step, saved, Index.of(pure))
+    leaves = by_path(pure)
+    stored = {path: leaf for path, leaf in leaves.items() if saved.leaves[path].stored}
+    shardings = {path: sharding_to_restore(leaf) for path, leaf in stored.items()}
+    arrays = _orbax.read_arrays(directory, step, shardings)
     _check_sums(directory, step, saved, arrays)
-    for path in leaves.keys() - arrays.keys():
-        arrays[path] = np.zeros(saved[path].shape, saved[path].dtype)
-    values = [restored(arrays[path], leaf) for path, leaf in leaves.items()]
+    values = [restored(arrays.get(path), leaf) for path, leaf in leaves.items()]
     return _put(template, jax.tree.unflatten(jax.tree.structure(pure), values))
 
 
@@ -124,18 +102,7 @@ def latest_step(directory: str | Path) -> int | None:
     Raises:
       ImportError: Orbax is not installed.
     """
-    return max(_steps(Path(directory).absolute()), default=None)
-
-
-def _orbax() -> Any:
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ImportError(
-            "checkpoints are written by Orbax, which is not installed: "
-            "`pip install orbax-checkpoint`"
-        ) from error
-    return ocp
+    return max(_orbax.steps(_orbax.local(directory)), default=None)
 
 
 def _nnx() -> Any:
@@ -171,15 +138,6 @@ def _step_of(state: Any) -> int:
     return int(found[0])
 
 
-def _steps(directory: Path) -> list[int]:
-    ocp = _orbax()
-    if not directory.is_dir():
-        return []
-    options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(directory, options=options) as manager:
-        return sorted(manager.all_steps())
-
-
 def _check_after(directory: Path, step: int) -> None:
     latest = latest_step(directory)
     if step < 0 or latest is not None and step <= latest:
@@ -191,7 +149,7 @@ def _check_after(directory: Path, step: int) -> None:
 
 
 def _existing(directory: Path, step: int | None) -> int:
-    steps = _steps(directory)
+    steps = _orbax.steps(directory)
     if steps and step is None:
         return steps[-1]
     if step in steps:
@@ -206,74 +164,29 @@ def _existing(directory: Path, step: int | None) -> int:
     )
 
 
-def _to_json(record: Record, crc: int | None) -> dict[str, Any]:
-    return {**dataclasses.asdict(record), "checksum": crc}
-
-
-def _read(directory: Path, step: int, item: str, args: Any) -> Any:
-    ocp = _orbax()
+def _read_index(directory: Path, step: int) -> Index:
     try:
-        with ocp.CheckpointManager(
-            directory, options=ocp.CheckpointManagerOptions(create=False)
-        ) as manager:
-            return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-    except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-        raise ValueError(_damaged(directory, step, f"{type(error).__name__}: {error}")) from error
+        return Index.from_json(_orbax.read_index(directory, step))
+    except (KeyError, TypeError) as error:
+        raise ValueError(_orbax.damaged(directory, step, f"its index lacks {error}")) from error
 
 
-def _read_index(directory: Path, step: int) -> dict[str, Record]:
-    index = _read(directory, step, _INDEX, _orbax().args.JsonRestore())
-    try:
-        return {
-            path: Record(tuple(entry["shape"]), entry["dtype"], entry["checksum"])
-            for path, entry in index.items()
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(_damaged(directory, step, f"its index has no {error}")) from error
-
-
-def _read_arrays(directory: Path, step: int, templates: Mapping[str, Any]) -> dict[str, Any]:
-    ocp = _orbax()
-
-    def how(leaf: Any) -> Any:
-        sharding = sharding_to_restore(leaf)
-        if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
-
-    if not templates:
-        return {}
-    args = ocp.args.PyTreeRestore(restore_args={k: how(v) for k, v in templates.items()})
-    return dict(_read(directory, step, _ARRAYS, args))
-
-
-def _check_fits(
-    directory: Path, step: int, saved: Mapping[str, Record], wanted: Mapping[str, Record]
-) -> None:
-    lines = list(differences(saved, wanted))
+def _check_fits(directory: Path, step: int, saved: Index, wanted: Index) -> None:
+    lines = list(saved.differences(wanted))
     if not lines:
         return
     more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
     raise ValueError(
         f"the checkpoint of step {step} in {directory} does not fit the template:\n  "
         + "\n  ".join(lines[:10] + more)
-        + "\nMake the template with the model, policy and optimizer that were saved; change them "
-        "after it is restored"
+        + "\nMake the template with the model, policy and optimizer that were saved, and change "
+        "them afterwards"
     )
 
 
-def _check_sums(
-    directory: Path, step: int, saved: Mapping[str, Record], arrays: Mapping[str, Any]
-) -> None:
+def _check_sums(directory: Path, step: int, saved: Index, arrays: Mapping[str, Any]) -> None:
     for path, array in arrays.items():
-        before, now = saved[path].checksum, checksum(array)
+        before, now = saved.leaves[path].checksum, checksum(array)
         if None not in (before, now) and before != now:
-            raise ValueError(
-                _damaged(directory, step, f"the bytes of '{path}' have changed since it was saved")
-            )
-
-
-def _damaged(directory: Path, step: int, why: str) -> str:
-    others = [other for other in _steps(directory) if other != step]
-    remedy = f"restore another one, step= one of {others}" if others else "there is no other one"
-    return f"the checkpoint of step {step} in {directory} is damaged ({why}); {remedy}"
+            why = f"the bytes of '{path}' have changed since it was saved"
+            raise ValueError(_orbax.damaged(directory, step, why))
