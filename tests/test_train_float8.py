@@ -98,25 +98,38 @@ def test_a_run_that_ended_is_reported_again_and_not_trained_again(example, finis
     assert weights(finished) in capsys.readouterr().out
 
 
-def test_a_run_killed_in_training_ends_with_the_same_weights(finished, tmp_path, fast):
-    process = start(tmp_path, *TINY, **fast)
-    while not (tmp_path / FLOAT8 / "checkpoints" / "6").exists():
+def kill_in_training(folder: Path, *arguments: str, **environment: str) -> None:
+    process = start(folder, *arguments, **environment)
+    while not (folder / FLOAT8 / "checkpoints" / "6").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / FLOAT8 / "result.json").exists()
+    assert not (folder / FLOAT8 / "result.json").exists()
+
+
+def test_a_run_killed_in_training_ends_with_the_same_weights(finished, tmp_path, fast):
+    kill_in_training(tmp_path, *TINY, **fast)
     run(tmp_path, "--resume", **fast)
     assert weights(tmp_path) == weights(finished)
     assert history(tmp_path) == history(finished)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_points_ends_with_the_same_weights(tmp_path):
-    """Kills MPJAX_KILLS runs (2 if that is not set); a killed run is continued, and may be again.
+def test_a_run_of_nnx_killed_in_training_ends_with_the_same_weights(finished, tmp_path, fast):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, *TINY, "--nnx", **fast)
+    kill_in_training(killed, *TINY, "--nnx", **fast)
+    run(killed, "--resume", **fast)
+    assert weights(killed) == weights(whole) != weights(finished)
+    assert history(killed) == history(whole)
 
-    A run that ends before its kill is compared, and the next one begins in another folder.
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_points_ends_with_the_same_weights(tmp_path):
+    """Kills MPJAX_KILLS times (2 if that is not set). A run that was killed is continued, and may be
+    killed again; one that ended by itself is compared, and the next begins in another folder.
     """
     wanted = int(os.environ.get("MPJAX_KILLS", "2"))
     arguments = ("--quick", "--resume", "--policies", FLOAT16, FLOAT8)
