@@ -128,8 +128,10 @@ def test_a_run_of_nnx_killed_in_training_ends_with_the_same_weights(finished, tm
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_points_ends_with_the_same_weights(tmp_path):
-    """Kills MPJAX_KILLS times (2 if that is not set). A run that was killed is continued, and may be
-    killed again; one that ended by itself is compared, and the next begins in another folder.
+    """Kills MPJAX_KILLS times (2 if that is not set).
+
+    A run that was killed is continued, and may be killed again; one that ended by itself is
+    compared, and the next begins in another folder.
     """
     wanted = int(os.environ.get("MPJAX_KILLS", "2"))
     arguments = ("--quick", "--resume", "--policies", FLOAT16, FLOAT8)
