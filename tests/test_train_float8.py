@@ -127,32 +127,36 @@ def test_a_run_of_nnx_killed_in_training_ends_with_the_same_weights(finished, tm
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_points_ends_with_the_same_weights(tmp_path):
+def test_a_run_killed_at_random_points_ends_with_the_same_weights(tmp_path, fast):
     """Kills MPJAX_KILLS times (2 if that is not set).
 
     A run that was killed is continued, and may be killed again; one that ended by itself is
     compared, and the next begins in another folder.
     """
-    wanted = int(os.environ.get("MPJAX_KILLS", "2"))
+    wanted, kills = int(os.environ.get("MPJAX_KILLS", "2")), 0
     arguments = ("--quick", "--resume", "--policies", FLOAT16, FLOAT8)
-    started = time.perf_counter()
-    run(tmp_path / "whole", *arguments)
-    seconds, kills = time.perf_counter() - started, 0
+    whole = tmp_path / "whole"
+    run(whole, *arguments, **fast)  # compiles, so that the next one tells how long a run takes
+    seconds = None
     for i in itertools.count():
-        folder, done = tmp_path / f"run_{i}", False
+        folder, done, killed = tmp_path / f"run_{i}", False, 0
         while not done:
-            process = start(folder, *arguments)
-            wait = random.uniform(0, seconds) if kills < wanted else None
+            started = time.perf_counter()
+            process = start(folder, *arguments, **fast)
+            wait = random.uniform(0, seconds) if seconds and kills < wanted else None
             done, out = ended(process, wait)
-            kills += not done
             if not done:
+                kills, killed = kills + 1, killed + 1
                 print(f"kill {kills}, run {i}, after {wait:.2f} s: {progress(folder)}")
         assert process.returncode == 0, out
         for policy in (FLOAT16, FLOAT8):
-            assert weights(folder, policy) == weights(tmp_path / "whole", policy)
-            assert history(folder, policy) == history(tmp_path / "whole", policy)
+            assert weights(folder, policy) == weights(whole, policy)
+            assert history(folder, policy) == history(whole, policy)
+        print(f"run {i} ends with the same weights after {killed} kills")
         if kills == wanted:
             return
+        if not killed:
+            seconds = time.perf_counter() - started
 
 
 def ended(process: subprocess.Popen[str], seconds: float | None) -> tuple[bool, str]:
