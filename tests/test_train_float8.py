@@ -304,3 +304,14 @@ def test_a_policy_that_is_not_within_one_percent_fails_the_run(
     monkeypatch.setattr(script, "run_policy", lambda policy, *rest: outcomes[policy])
     assert script.main(["--policies", *outcomes, "--output", str(tmp_path)]) == status
     assert ("MISSED" in capsys.readouterr().out) == bool(status)
+
+
+def test_a_missing_package_names_the_extra(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    process = start(tmp_path / "run", PYTHONPATH=path)
+    out, _ = process.communicate()
+    assert process.returncode == 1 and not (tmp_path / "run").exists()
+    assert out == (
+        'the example needs `matplotlib`, which is not installed: pip install "mpjax[demo]"\n'
+    )
