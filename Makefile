@@ -6,12 +6,12 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx test test-all test-tpu test-gpu lint bench
+.PHONY: help demo demo-nnx train-float8 test test-all test-tpu test-gpu lint bench
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
-	@echo "make demo | demo-nnx | test | test-all | test-tpu | test-gpu | lint | bench" \
+	@echo "make demo | demo-nnx | train-float8 | test | test-all | test-tpu | test-gpu | lint | bench" \
 	  "  [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
@@ -19,6 +19,10 @@ demo: .venv/demo.stamp
 
 demo-nnx: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py --nnx $(ARGS)
+
+# A run that was stopped is continued: ARGS=--resume.
+train-float8: .venv/demo.stamp
+	$(BIN)/python examples/train_float8.py $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto $(ARGS)

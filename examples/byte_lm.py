@@ -16,12 +16,10 @@ call of each function, which compiles it, is not among them.
 
 import argparse
 import dataclasses
-import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,35 +46,10 @@ except ModuleNotFoundError as error:
 
 import byte_lm_data as data
 import numpy as np
-from byte_lm_models import Shape
 from byte_lm_runs import LinenRun, NNXRun, Run, make_optimizer
+from byte_lm_settings import BITS, QUICK, Settings
 
-BITS = 1 / math.log(2)  # bits in a nat
 PROMPT = b"def "
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of a run; `evaluated` bounds the held-out bytes, None takes every held-out file."""
-
-    shape: Shape = Shape(context=64, width=192, depth=4, heads=4)
-    steps: int = 1000
-    batch: int = 8
-    learning_rate: float = 1.5e-3
-    evaluation_batch: int = 32
-    evaluated: int | None = None
-    sampled: int = 400
-    seed: int = 0
-
-
-QUICK = Settings(
-    shape=Shape(context=16, width=32, depth=1, heads=2),
-    steps=3,
-    batch=2,
-    evaluation_batch=4,
-    evaluated=1000,
-    sampled=8,
-)
 
 
 def main() -> int:

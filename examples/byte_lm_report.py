@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
@@ -110,29 +111,27 @@ def targets(result: Result) -> list[tuple[str, bool]]:
     size = int8.weight_bytes / f32.weight_bytes
     return [
         (f"float32: {f32.bits_per_byte:.3f} bits per byte, at most 3.0", f32.bits_per_byte <= 3.0),
-        _close(BFLOAT16, bf16, FLOAT32, f32),
-        _close("int8", int8, f"the {BFLOAT16} model it came from", bf16),
+        within_one_percent(BFLOAT16, bf16.bits_per_byte, FLOAT32, f32.bits_per_byte),
+        within_one_percent(
+            "int8", int8.bits_per_byte, f"the {BFLOAT16} model it came from", bf16.bits_per_byte
+        ),
         (f"int8: {size:.3f} of float32's weight bytes, at most 0.30", size <= 0.30),
     ]
 
 
-def _close(name: str, row: Row, base_name: str, base: Row) -> tuple[str, bool]:
-    excess = row.bits_per_byte / base.bits_per_byte - 1
+def within_one_percent(name: str, bits: float, base_name: str, base: float) -> tuple[str, bool]:
+    """What a model lost to another, in words, and whether that is at most 1% to either side."""
+    excess = bits / base - 1
     side = "above" if excess > 0 else "below"
     return f"{name}: {abs(excess):.3%} {side} {base_name}, within 1%", abs(excess) <= 0.01
 
 
 def write_figure(result: Result, path: Path) -> None:
-    """Draws both loss curves above their difference; the file appears whole or not at all."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # after `use`, which chooses the backend it loads
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
+    """Draws both loss curves above their difference."""
+    figure, top, bottom = make_figure()
     curves = {name: np.array(row.losses) for name, row in result.rows.items() if row.losses}
     for (name, curve), style in zip(curves.items(), ("-", "--"), strict=False):
-        top.plot(*_smooth(curve), style, label=name)
+        top.plot(*smooth(curve), style, label=name)
     top.axhline(result.entropy, color="gray", linestyle=":", label="order-0 entropy, held out")
     top.axhline(result.zlib, color="gray", linestyle="-.", label="zlib level 9, held out")
     top.set(
@@ -143,20 +142,31 @@ def write_figure(result: Result, path: Path) -> None:
     if len(curves) == 2:
         f32, bf16 = curves.values()
         steps = min(f32.size, bf16.size)
-        bottom.plot(*_smooth(bf16[:steps] - f32[:steps]), color="C1")
+        bottom.plot(*smooth(bf16[:steps] - f32[:steps]), color="C1")
     bottom.axhline(0, color="gray", linewidth=0.8)
     bottom.set(xlabel="step", ylabel="bfloat16\nminus float32")
+    save_figure(figure, path)
+
+
+def make_figure() -> tuple[Figure, Axes, Axes]:
+    """An empty figure: a place for curves, and under it a lower one for their differences."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    return figure, top, bottom
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG; the file appears whole or not at all."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
         figure.savefig(temporary, dpi=120)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        plt.close(figure)
 
 
-def _smooth(curve: np.ndarray, window: int = 20) -> tuple[np.ndarray, np.ndarray]:
+def smooth(curve: np.ndarray, window: int = 20) -> tuple[np.ndarray, np.ndarray]:
     """Steps and the mean of the last `window` values at each; fewer where the curve is short."""
     window = max(1, min(window, curve.size // 5))
-    smooth = np.convolve(curve, np.ones(window) / window, mode="valid")
-    return np.arange(window, curve.size + 1), smooth
+    mean = np.convolve(curve, np.ones(window) / window, mode="valid")
+    return np.arange(window, curve.size + 1), mean

@@ -4,12 +4,16 @@ Flax's own switch (`force_fp32_for_softmax`, Linen only) leaves the attention we
 so that the product with the values runs in float32 too. Here both products take operands of the
 compute dtype, forward and backward, and only the scores are widened:
 
-  scores  = (query / sqrt(depth)) @ key      compute dtype
+  scores  = (query / sqrt(depth)) @ key      compute dtype, or 8 bits
   weights = softmax(float32(scores))         float32, rounded to the compute dtype
-  output  = weights @ value                  compute dtype
+  output  = weights @ value                  compute dtype, or 8 bits
+
+A policy with `quantize_attention=True` has the two products in 8 bits, as those of a layer.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +21,29 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Einsum = Callable[..., Array]
+
+PRODUCTS = ("scores", "output")  # the names of the two products, of which scaling states are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedAttention:
+    """An attention function with other products.
+
+    Attributes:
+      attention: `linen_attention` or `nnx_attention`.
+      scores_einsum: the product of query and key.
+      output_einsum: the product of weights and value.
+    """
+
+    attention: Callable[..., Array]
+    scores_einsum: Einsum
+    output_einsum: Einsum
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """Same arguments as `attention`."""
+        products = {"scores_einsum": self.scores_einsum, "output_einsum": self.output_einsum}
+        return self.attention(*args, **kwargs, **products)
 
 
 def linen_attention(
@@ -32,11 +59,16 @@ def linen_attention(
     dtype: Any = None,
     precision: Any = None,
     module: Any = None,
+    scores_einsum: Einsum = jnp.einsum,
+    output_einsum: Einsum = jnp.einsum,
 ) -> Array:
-    """`flax.linen.dot_product_attention` with a float32 softmax; same arguments and shapes."""
+    """`flax.linen.dot_product_attention` with a float32 softmax; same arguments and shapes.
+
+    `scores_einsum` and `output_einsum` are its two products.
+    """
 
     def scores(equation: str, query: Array, key: Array) -> Array:
-        return jnp.einsum(equation, query, key, precision=precision).astype(jnp.float32)
+        return scores_einsum(equation, query, key, precision=precision).astype(jnp.float32)
 
     return nn.dot_product_attention(
         query,
@@ -51,7 +83,7 @@ def linen_attention(
         dtype=dtype,
         module=module,
         qk_attn_weights_einsum=scores,
-        attn_weights_value_einsum=functools.partial(jnp.einsum, precision=precision),
+        attn_weights_value_einsum=functools.partial(output_einsum, precision=precision),
     )
 
 
@@ -69,8 +101,10 @@ def nnx_attention(
     precision: Any = None,
     module: Any = None,
     is_causal: bool = False,
+    scores_einsum: Einsum = jnp.einsum,
+    output_einsum: Einsum = jnp.einsum,
 ) -> Array:
-    """`flax.nnx.dot_product_attention` with a float32 softmax; same arguments and shapes."""
+    """`flax.nnx.dot_product_attention`, as `linen_attention` is Linen's."""
     groups = query.shape[-2] // key.shape[-2]
     if groups * key.shape[-2] != query.shape[-2]:
         raise ValueError(
@@ -95,6 +129,8 @@ def nnx_attention(
         dtype,
         precision,
         None if module is None else _Sower(module),
+        scores_einsum,
+        output_einsum,
     )
 
 

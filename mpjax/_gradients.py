@@ -23,7 +23,8 @@ import mpjax_kernels as mk
 
 from ._loss_scale import training_loss_scale
 from ._loss_scale_state import LossScaleState, all_finite
-from ._max_gradient import amax_of, is_sum_of_probes, probe_of
+from ._manual_axes import manual_axes
+from ._max_gradient import amax_of, probe_of
 from ._scaling import Probe, ScalingState, map_states
 
 
@@ -127,17 +128,7 @@ def run_differentiated(scaled_loss: Callable[..., Any], params: Any, zeros: Any)
     """`jax.value_and_grad` by parameters and probes, traced where there are probes."""
     if jax.tree.leaves(zeros) and not _is_traced(params, zeros):
         scaled_loss = jax.jit(scaled_loss)
-    function = jax.value_and_grad(scaled_loss, argnums=(0, 1), has_aux=True)
-    try:
-        return function(params, zeros)
-    except TypeError as error:
-        if not is_sum_of_probes(error):
-            raise
-        raise NotImplementedError(
-            "a layer with scaling state runs in a `jax.shard_map` with check_vma=False inside the "
-            "loss: its transpose sums over devices what should be the largest of them. Use "
-            "check_vma=True, or call value_and_grad inside the shard_map"
-        ) from error
+    return jax.value_and_grad(scaled_loss, argnums=(0, 1), has_aux=True)(params, zeros)
 
 
 def probes_of(states: Any) -> Any:
@@ -147,10 +138,11 @@ def probes_of(states: Any) -> Any:
 
 def with_probes(states: Any, zeros: Any, loss_scale: LossScaleState) -> Any:
     """The states as a differentiated loss sees them."""
+    axes = manual_axes()
 
     def each(state: ScalingState, zero: Array) -> ScalingState:
         units = jnp.broadcast_to(_units(state, loss_scale), zero.shape)
-        return dataclasses.replace(state, probe=Probe(probe_of(zero), units))
+        return dataclasses.replace(state, probe=Probe(probe_of(zero), units, axes))
 
     return map_states(each, states, zeros)
 

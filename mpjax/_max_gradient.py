@@ -28,11 +28,6 @@ def amax_of(cotangent: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.maximum(cotangent, 0.0)
 
 
-def is_sum_of_probes(error: TypeError) -> bool:
-    """Whether JAX raised `error` because it tried to sum probes over devices."""
-    return "fp8_meta32" in str(error)
-
-
 @functools.cache
 def _max_dtype() -> Any:
     try:  # not before it is needed: `import mpjax` loads no Flax API

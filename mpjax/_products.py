@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._context import Product, active
+from ._manual_axes import check_tracked
 from ._scaling import ScalingState
 
 Operand = jax.Array | mk.QTensor
@@ -101,7 +102,11 @@ def _scales(states: Mapping[str, ScalingState]) -> mk.DotScales:
 
 def _probes(states: Mapping[str, ScalingState]) -> mk.DotScales:
     """The probes likewise; one of the gradient is enough."""
-    probes = {name: state.probe.zeros for name, state in states.items() if state.probe}
+    probes = {}
+    for name, state in states.items():
+        if state.probe:
+            check_tracked(state.probe.manual_axes)
+            probes[name] = state.probe.zeros
     return mk.DotScales(probes.get("input"), probes.get("kernel"), probes.get("output_grad"))
 
 

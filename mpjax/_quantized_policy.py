@@ -40,6 +40,8 @@ class QuantizedDTypePolicy(DTypePolicy):
             leaves it to `mode`.
         margin: As in `DelayedScaling`; for delayed and static scaling. It is not part of the name.
         amax_algorithm: `"max"` or `"most_recent"`, as in `DelayedScaling`. Not part of the name.
+        quantize_attention: True has Flax' attention layers multiply query by key, and weights by
+            value, in 8 bits too, and not only their projections. Not part of the name.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
 
@@ -65,6 +67,7 @@ class QuantizedDTypePolicy(DTypePolicy):
     amax_history_length: int = 1024
     margin: float = 0
     amax_algorithm: str = "max"
+    quantize_attention: bool = False
 
     _kind: ClassVar[str] = "quantized"
 
@@ -80,6 +83,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         scaling: str | None = None,
         margin: float = 0,
         amax_algorithm: str = "max",
+        quantize_attention: bool = False,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
     ):
@@ -106,6 +110,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         name = f"{scheme.name}_from_{source['source_name']}"
         set_fields(self, name=name, mode=scheme.name, scheme=scheme, **source)
         set_fields(self, symmetric=scheme.symmetric, margin=margin, amax_algorithm=amax_algorithm)
+        set_fields(self, quantize_attention=bool(quantize_attention))
 
     @property
     def quantization_mode(self) -> str:
@@ -130,7 +135,9 @@ class QuantizedDTypePolicy(DTypePolicy):
         symmetric = {} if self.symmetric else {"symmetric": False}
         margin = {} if self.margin == 0 else {"margin": self.margin}
         algorithm = {"amax_algorithm": self.amax_algorithm} if self.amax_algorithm != "max" else {}
-        return {**config, **symmetric, **margin, **algorithm, **self._source_config()}
+        attention = {"quantize_attention": True} if self.quantize_attention else {}
+        source = self._source_config()
+        return {**config, **symmetric, **margin, **algorithm, **attention, **source}
 
 
 @jax.tree_util.register_static
@@ -154,6 +161,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         scaling: As in `QuantizedDTypePolicy`.
         margin: As in `QuantizedDTypePolicy`.
         amax_algorithm: As in `QuantizedDTypePolicy`.
+        quantize_attention: As in `QuantizedDTypePolicy`.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
 
@@ -181,6 +189,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         scaling: str | None = None,
         margin: float = 0,
         amax_algorithm: str = "max",
+        quantize_attention: bool = False,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
     ):
@@ -194,6 +203,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
             scaling=scaling,
             margin=margin,
             amax_algorithm=amax_algorithm,
+            quantize_attention=quantize_attention,
             loss_scale=loss_scale,
             output_dtype=output_dtype,
         )

@@ -37,6 +37,11 @@ class Recipe:
     states: tuple[tuple[str, DelayedScaling | StaticScaling, str], ...]
 
 
+def attention_recipe_of(policy: DTypePolicy) -> Recipe | None:
+    """The recipe of the two products inside attention; None where they stay as they are."""
+    return recipe_of(policy) if getattr(policy, "quantize_attention", False) else None
+
+
 @functools.cache
 def recipe_of(policy: DTypePolicy) -> Recipe | None:
     """The recipe of a policy, or None if its layers multiply in the compute dtype."""

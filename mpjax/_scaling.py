@@ -99,10 +99,12 @@ class Probe:
       zeros: of the shape of `observed`; their cotangents are amaxes that add up by maximum.
       units: float32, the same shape: what the operand is multiplied by, which is the loss scale
         for the gradient of an output.
+      manual_axes: the axes of the `shard_map` that the loss is differentiated in, if in any.
     """
 
     zeros: Any
     units: Float[Array, "*layers"]
+    manual_axes: frozenset[str] = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -32,7 +32,6 @@ def fake_quantize(x: jax.Array, scale: float) -> jax.Array:
 # The equation, both shapes, and the operands as they are quantized with what is left to multiply.
 PLAIN = [
     ("bqhd,bkhd->bhqk", (2, 3, 4, 8), (2, 5, 4, 8)),
-    ("...i,ij->...j", (2, 3, 8), (8, 5)),
     ("...ab,...bc->c...a", (2, 3, 4), (2, 4, 5)),
     ("i,kj", (3,), (4, 2)),
 ]

@@ -3,9 +3,7 @@
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import optax
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -24,15 +22,28 @@ def test_quick_start(heading):
     assert scope["logits"].dtype == jnp.bfloat16 and scope["logits"].shape == (8, 10)
 
 
-def test_the_training_loop_and_the_policy_map_follow_from_the_linen_block():
-    linen, _, training, by_path = re.findall(r"```python\n(.*?)```", README, re.S)
-    scope = {"optax": optax, "tx": optax.adamw(1e-3), "labels": jnp.zeros(8, int)}
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_training_loops_run():
+    linen, nnx, linen_training, nnx_training, _ = BLOCKS
+    scope = {}
     exec(linen, scope)
-    scope["params"] = scope["variables"]["params"]
-    scope["opt_state"] = scope["tx"].init(scope["params"])
-    exec(training, scope)
-    assert {g.dtype.name for g in jax.tree.leaves(scope["grads"])} == {"float32"}
-    exec(by_path, scope)
+    exec(linen_training, scope)
+    assert scope["state"].step == 1 and scope["loss"].dtype == jnp.float32
+    assert scope["logits"].dtype == jnp.bfloat16
+    histories = scope["state"].scaling["Dense_0"]["input"].amax_history
+    assert histories.shape == (1024,) and histories[0] == 1 and not histories[1:].any()
+    exec(nnx, scope)
+    exec(nnx_training, scope)
+    assert scope["optimizer"].step[...] == 1
+    assert scope["model"].scaling["input"][...].amax_history[0] == 1
+
+
+def test_the_policy_map_follows_from_the_linen_block():
+    scope = {}
+    exec(BLOCKS[0], scope)
+    exec(BLOCKS[-1], scope)
     policies = scope["mp"].layer_policies(scope["model"], scope["variables"], scope["x"])
     assert [p.name for p in policies.values()] == ["int8_from_mixed_bfloat16", "float32"]
 

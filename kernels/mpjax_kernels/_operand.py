@@ -9,9 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, UInt8
 
 from ._dot_formats import OperandFormat
+from ._formats import get_format
 from ._granularity import granularity_of
+from ._probe import over_shared
 from ._qtensor import QTensor
-from ._quantize import known_scale, quantize
+from ._quantize import known_scale, quantize, scale_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ def quantize_operand(
         return x
     key = key if how.stochastic else None
     if scale is not None:
+        known = known_scale(scale, x.shape)
+        # What is not known yet is found in all that shares it, on other devices too.
+        amax = over_shared(_amax(x, known.shape), known)
+        scale = jnp.where(known == 0, scale_of(amax, get_format(how.format)), known)
         return quantize(x, how.format, scale=scale, key=key)
     if how.granularity == "tensor":
         return quantize(x, how.format, key=key)
@@ -61,10 +67,13 @@ def amax_of(
     if not isinstance(q, QTensor):
         return None
     like = q.scale if scale is None else known_scale(scale, x.shape)
-    blocks = granularity_of(x.shape, like.shape)
+    return _amax(x, like.shape).reshape(like.shape if scale is None else jnp.shape(scale))
+
+
+def _amax(x: Float[Array, "*shape"], scales: tuple[int, ...]) -> Float[Array, "*scales"]:
+    blocks = granularity_of(x.shape, scales)
     split = jnp.abs(x.astype(jnp.float32).reshape(blocks.split))
-    amax = jnp.max(split, axis=blocks.reduced, initial=0.0)
-    return amax.reshape(like.shape if scale is None else jnp.shape(scale))
+    return jnp.max(split, axis=blocks.reduced, initial=0.0).reshape(scales)
 
 
 def pack_unclipped(x: Float[Array, "*shape"], q: QTensor) -> UInt8[Array, " bytes"]:

@@ -32,8 +32,12 @@ def cotangent(probe: Probe, amax: Float[Array, "..."] | None) -> Probe:
             f"a probe in `amax_probes` has shape {shape}, but its operand has {found}: "
             "give zeros of that shape, or None"
         )
-    amax = _over_devices(_over_batch(amax, probe), probe)
-    return jax.lax.convert_element_type(amax, probe.dtype)
+    return jax.lax.convert_element_type(over_shared(amax, probe), probe.dtype)
+
+
+def over_shared(amax: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The largest amax of all that share `like`: entries that `vmap` maps, devices."""
+    return _over_devices(_over_batch(amax, like), like)
 
 
 @custom_vmap
@@ -52,12 +56,12 @@ def _over_batch_mapped(size: int, mapped: list[bool], amax, like):
     return _over_batch(jnp.max(amax, axis=0) if amax_is_mapped else amax, like), False
 
 
-def _over_devices(amax: Float[Array, "..."], probe: Probe) -> Float[Array, "..."]:
+def _over_devices(amax: Float[Array, "..."], like: Probe) -> Float[Array, "..."]:
     # All manual axes, not only those along which JAX tracks `amax` to vary: `check_vma=False`
     # tracks none.
     mesh = jax.sharding.get_abstract_mesh()
     manual = frozenset() if mesh.empty else frozenset(mesh.manual_axes)
-    shared = tuple(sorted(manual - varying_axes(probe)))
+    shared = tuple(sorted(manual - varying_axes(like)))
     if not shared:
         return amax
     untracked = tuple(a for a in shared if a not in varying_axes(amax))

@@ -162,14 +162,14 @@ def _backward(how: _How, residuals, cotangents):
     products = how.products
 
     g_axes, axes = products.dlhs_axes
-    rhs = requantize(saved_rhs.operand, how.dlhs[1], axes, how.rhs_dtype, keys["saved_rhs"])
+    rhs = requantize(saved_rhs.operand, how.dlhs[1], axes, g.dtype, keys["saved_rhs"])
     folded, rhs = fold(g, rhs, axes, products.rhs_onto_g, how.dlhs[0])
     left = quantize_operand(folded, how.dlhs[0], g_axes, scales.dlhs, keys["dlhs"])
     amax_dlhs = amax_of(folded, scales.dlhs, left)
     grad_lhs = products.dlhs(left, rhs, how.lhs_dtype)
 
     axes, g_axes = products.drhs_axes
-    lhs = requantize(saved_lhs.operand, how.drhs[0], axes, how.lhs_dtype, keys["saved_lhs"])
+    lhs = requantize(saved_lhs.operand, how.drhs[0], axes, g.dtype, keys["saved_lhs"])
     folded, lhs = fold(g, lhs, axes, products.lhs_onto_g, how.drhs[1])
     right = quantize_operand(folded, how.drhs[1], g_axes, scales.drhs, keys["drhs"])
     amax_drhs = amax_of(folded, scales.drhs, right)

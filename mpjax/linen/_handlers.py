@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .._adapters import is_half
-from .._attention import linen_attention
+from .._attention import PRODUCTS, QuantizedAttention, linen_attention
 from .._cast import in_dtypes_of
 from .._products import (
     PromoteAroundKernel,
@@ -26,7 +26,7 @@ from .._products import (
     QuantizedEinsum,
     Stateless,
 )
-from .._recipes import recipe_of
+from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerStates
 
@@ -78,13 +78,14 @@ register(nn.ConvLocal, nn.ConvTranspose, nn.Embed, nn.PReLU)(default)
 def product_fields(layer: Layer) -> dict[str, Any] | None:
     """The fields of the quantized product of a layer; None where it multiplies as it is."""
     recipe = recipe_of(layer.policy)
-    if recipe is None:
-        return None
+    return None if recipe is None else _fields(layer, recipe) | {"path": layer.full_path}
+
+
+def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:
     return {
         "compute_dtype": layer.policy.compute_dtype,
         "formats": recipe.formats,
-        "states": LayerStates(layer, recipe) if recipe.states else Stateless(),
-        "path": layer.full_path,
+        "states": LayerStates(layer, recipe, prefix) if recipe.states else Stateless(),
     }
 
 
@@ -157,13 +158,19 @@ def _quantized_einsum(
 
 @register(nn.MultiHeadDotProductAttention)
 def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The projections are layers of their own; this one sees to the softmax and the cache."""
+    """The projections are layers of their own; this sees to the rest, the softmax and the cache."""
     module: Any = layer.module
     author = (
         module.attention_fn is not nn.dot_product_attention
         or module.qk_attn_weights_einsum_cls is not None
     )
-    attention = {} if author or not is_half(layer.policy) else {"attention_fn": linen_attention}
+    recipe = attention_recipe_of(layer.policy)
+    attention = {}
+    if not author and recipe is not None:
+        scores, output = (QuantizedEinsum(**_fields(layer, recipe, f"{p}_")) for p in PRODUCTS)
+        attention = {"attention_fn": QuantizedAttention(linen_attention, scores, output)}
+    elif not author and is_half(layer.policy):
+        attention = {"attention_fn": linen_attention}
     variable = layer.variable("params", "cache")
     with lent(module, param=layer.param(), variable=variable, **attention):
         return call(*args, **kwargs)

@@ -19,10 +19,10 @@ COLLECTION = "scaling"
 
 
 class LayerStates:
-    """`mpjax._products.States` of a bound layer."""
+    """`mpjax._products.States` of a bound layer, or of one of its products by a prefix."""
 
-    def __init__(self, layer: Layer, recipe: Recipe):
-        self._layer, self._recipe = layer, recipe
+    def __init__(self, layer: Layer, recipe: Recipe, prefix: str = ""):
+        self._layer, self._recipe, self._prefix = layer, recipe, prefix
         self._variables: dict[str, Any] = {}
 
     def read(self) -> Mapping[str, ScalingState]:
@@ -43,15 +43,15 @@ class LayerStates:
             variable.value = observe(variable.value, jax.lax.stop_gradient(amax))
 
     def _declare(self, name: str, recipe: Any, format: str) -> Any:
-        module = self._layer.module
-        if not module.has_variable(COLLECTION, name):
+        module, full_name = self._layer.module, self._prefix + name
+        if not module.has_variable(COLLECTION, full_name):
             self._require_mutable()
 
         def init() -> ScalingState:
             return init_state(recipe, format, of_gradient=name == "output_grad")
 
-        variable = type(module).variable(module, COLLECTION, name, init)
-        self._check(name, variable.value, recipe, format)
+        variable = type(module).variable(module, COLLECTION, full_name, init)
+        self._check(full_name, variable.value, recipe, format)
         return variable
 
     def _require_mutable(self) -> None:

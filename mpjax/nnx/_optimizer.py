@@ -1,5 +1,6 @@
 """`Optimizer`: Flax' own, with loss scale and scaling states."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ class Optimizer(nnx.Optimizer):
     def __init__(self, model: nnx.Module, tx: Any, *, wrt: Any, **kwargs: Any):
         tx, loss_scale = unwrapped(tx, getattr(type(model), ROOT, None))
         _attach(model, loss_scale)
-        super().__init__(model, _widening(tx), wrt=wrt, **kwargs)
+        super().__init__(model, tx._replace(init=_WideningInit(tx)), wrt=wrt, **kwargs)
         self.skipped_steps = type(self.step)(jnp.zeros((), jnp.int32))
 
     def update(self, model: nnx.Module, grads: Gradients, /, **kwargs: Any) -> Any:
@@ -95,12 +96,17 @@ class Optimizer(nnx.Optimizer):
         return updates
 
 
-def _widening(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx`, with a state for the float32 gradients that float16 parameters have."""
-    tx = optax.with_extra_args_support(tx)
-    return optax.GradientTransformationExtraArgs(
-        init=lambda params: tx.init(widen_float16(params)), update=tx.update
-    )
+@dataclasses.dataclass(frozen=True)
+class _WideningInit:
+    """`tx.init` with float16 parameters as float32, the dtype of their gradients.
+
+    A class, so that two optimizers made of one `tx` are equal: `nnx.jit` compiles once for both.
+    """
+
+    tx: optax.GradientTransformation
+
+    def __call__(self, params: Any) -> Any:
+        return self.tx.init(widen_float16(params))
 
 
 def _attach(model: Any, loss_scale: Any) -> None:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from .._adapters import is_half
-from .._attention import nnx_attention
+from .._attention import PRODUCTS, QuantizedAttention, nnx_attention
 from .._cast import cast_array
 from .._policy import DTypePolicy
 from .._products import (
@@ -27,7 +27,7 @@ from .._products import (
     QuantizedEinsum,
     Stateless,
 )
-from .._recipes import recipe_of
+from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._states import OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
@@ -102,7 +102,11 @@ def product_of(kind: Any, policy: DTypePolicy) -> Any:
     recipe = recipe_of(policy)
     if recipe is None:
         return None
-    states = OfLayer() if recipe.states else Stateless()
+    return _product(kind, policy, recipe)
+
+
+def _product(kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "") -> Any:
+    states = OfLayer(prefix) if recipe.states else Stateless()
     return kind(policy.compute_dtype, recipe.formats, states)
 
 
@@ -155,10 +159,14 @@ def promote_input(arrays: tuple[Any, ...], *, dtype: Any = None, **_: Any) -> tu
 
 @register(nnx.MultiHeadAttention)
 def _attention(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
-    """The projections are layers of their own; this one sees to the softmax."""
-    if layer.attention_fn is not nnx.dot_product_attention or not is_half(policy):
+    """The projections are layers of their own; this one sees to the rest, and the softmax."""
+    recipe = attention_recipe_of(policy)
+    if layer.attention_fn is not nnx.dot_product_attention:
         return {}
-    return {"attention_fn": nnx_attention}
+    if recipe is not None:
+        scores, output = (_product(QuantizedEinsum, policy, recipe, f"{p}_") for p in PRODUCTS)
+        return {"attention_fn": QuantizedAttention(nnx_attention, scores, output)}
+    return {"attention_fn": nnx_attention} if is_half(policy) else {}
 
 
 @register(nnx.RNNCellBase)

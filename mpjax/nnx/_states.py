@@ -7,13 +7,14 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from .._recipes import Recipe
+from .._attention import QuantizedAttention
+from .._recipes import OPERANDS, Recipe
 from .._scaling import ScalingState, init_state
 
 ATTRIBUTE, LOSS_SCALE = "scaling", "loss_scale"
@@ -29,7 +30,13 @@ class LossScale(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class OfLayer:
-    """Stands for the states of whichever layer the product is lent to."""
+    """Stands for the states of whichever layer the product is lent to.
+
+    Attributes:
+      prefix: of the names of the states, where a layer has several products.
+    """
+
+    prefix: str = ""
 
     def read(self) -> Mapping[str, ScalingState]:
         """Never called: the layer binds the product to its own states first."""
@@ -43,33 +50,49 @@ class OfLayer:
 class LayerStates:
     """`mpjax._products.States` of one layer, which a call never changes."""
 
-    def __init__(self, layer: Any):
-        self._layer = layer
+    def __init__(self, layer: Any, prefix: str):
+        self._layer, self._prefix = layer, prefix
 
     def read(self) -> Mapping[str, ScalingState]:
         """The states."""
         variables = vars(self._layer)[ATTRIBUTE]
-        return {name: variable.get_value() for name, variable in variables.items()}
+        own = [name for name in OPERANDS if self._prefix + name in variables]
+        return {name: variables[self._prefix + name].get_value() for name in own}
 
     def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
         """Amaxes leave by `mpjax.nnx.value_and_grad` only."""
 
 
 def bound(product: Any, layer: Any) -> Any:
-    """A product that keeps states, with those of the layer; anything else as it is."""
-    if isinstance(getattr(product, "states", None), OfLayer):
-        return dataclasses.replace(product, states=LayerStates(layer))
+    """A product that keeps states, or attention with such, with those of the layer."""
+    if isinstance(product, QuantizedAttention):
+        scores, output = bound(product.scores_einsum, layer), bound(product.output_einsum, layer)
+        return QuantizedAttention(product.attention, scores, output)
+    states = getattr(product, "states", None)
+    if isinstance(states, OfLayer):
+        return dataclasses.replace(product, states=LayerStates(layer, states.prefix))
     return product
 
 
-def attach(layer: Any, recipe: Recipe, layers: tuple[int, ...]) -> None:
+def prefixes_of(value: Any) -> list[str]:
+    """The prefixes of the states that a lent value needs."""
+    if isinstance(value, QuantizedAttention):
+        return [*prefixes_of(value.scores_einsum), *prefixes_of(value.output_einsum)]
+    states = getattr(value, "states", None)
+    return [states.prefix] if isinstance(states, OfLayer) else []
+
+
+def attach(layer: Any, recipe: Recipe, prefixes: Sequence[str]) -> None:
     """Gives a layer the states of a recipe; those that it has of that recipe stay."""
     known = vars(layer).get(ATTRIBUTE, {})
-    states = {}
-    for name, how, format in recipe.states:
-        state = init_state(how, format, of_gradient=name == "output_grad", layers=layers)
-        same = name in known and _structure(known[name].get_value()) == _structure(state)
-        states[name] = known[name] if same else Scaling(state)
+    states, layers = {}, stacked_axes(layer)
+    for prefix in prefixes:
+        for name, how, format in recipe.states:
+            state = init_state(how, format, of_gradient=name == "output_grad", layers=layers)
+            full_name = prefix + name
+            old = known[full_name] if full_name in known else None
+            same = old is not None and _structure(old.get_value()) == _structure(state)
+            states[full_name] = old if same else Scaling(state)
     setattr(layer, ATTRIBUTE, nnx.Dict(states))
 
 
@@ -93,6 +116,8 @@ def _structure(state: Any) -> Any:
 
 def stacked_axes(layer: Any) -> tuple[int, ...]:
     """The leading axes of a stack of layers that `nnx.vmap` made."""
+    if isinstance(layer, nnx.MultiHeadAttention):
+        return stacked_axes(layer.query)
     if isinstance(layer, nnx.Linear):
         own = 2
     elif isinstance(layer, nnx.LinearGeneral):

@@ -16,7 +16,7 @@ from .._recipes import recipe_of
 from ._classes import base_class, container_class, lent_to, module_class, set_class
 from ._graph import own_containers, own_variables
 from ._rules import rule_of
-from ._states import OfLayer, attach, detach, stacked_axes
+from ._states import attach, detach, prefixes_of
 
 
 def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
@@ -166,9 +166,9 @@ def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any
 def _give_states(module: Any, policy: DTypePolicy) -> None:
     """Attaches the scaling states of a quantized product, and detaches those of an earlier one."""
     recipe = recipe_of(policy)
-    keeps = [getattr(value, "states", None) for value in lent_to(type(module))]
-    if recipe is not None and any(isinstance(states, OfLayer) for states in keeps):
-        attach(module, recipe, stacked_axes(module))
+    prefixes = [prefix for value in lent_to(type(module)) for prefix in prefixes_of(value)]
+    if recipe is not None and prefixes:
+        attach(module, recipe, prefixes)
     else:
         detach(module)
 
