@@ -4,13 +4,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import mpjax as mp
 
+DENSE = {"linen": nn.Dense(8), "nnx": lambda rngs: nnx.Linear(8, 8, rngs=rngs)}
+FROZEN = optax.sgd(0.0)  # the kernel's amax stays what it was
 OPERANDS = ("input", "kernel", "output_grad")
 
 
@@ -210,6 +216,65 @@ _wrapped = functools.cache(mp.wrap)
 _init = jax.jit(lambda model, *args: model.init(*args), static_argnums=0)
 
 LOOPS = {"linen": LinenLoop, "nnx": NnxLoop}
+
+
+def on_a_mesh(loop, batches, around_step=None, around_loss=lambda mesh, f: f):
+    """The scaling states of a model of one layer after steps over all devices.
+
+    Args:
+      loop: a `LinenLoop` or `NnxLoop`; stays as it is.
+      batches: pairs of arrays, to be split along their leading axis.
+      around_step: a transform of `step(carry, x, c) -> carry`.
+      around_loss: a transform of `loss(carry, batch)`.
+    """
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    reduce = functools.partial(jax.lax.pmean, axis_name="data") if around_step else lambda g: g
+    options = {"reduce": reduce, "around": functools.partial(around_loss, mesh)}
+    if isinstance(loop, NnxLoop):
+        graph, carry = nnx.split((loop.model, loop.optimizer))
+    else:
+        graph, carry = None, loop.carry
+
+    def step(carry, x, c):
+        if graph is None:
+            return linen_step(carry, x, c, **options)[0]
+        model, optimizer = nnx.merge(graph, carry)
+        nnx_step(model, optimizer, x, c, **options)
+        return nnx.split((model, optimizer))[1]
+
+    step = jax.jit((around_step or (lambda mesh, f: f))(mesh, step))
+    carry = jax.device_put(carry, NamedSharding(mesh, P()))
+    for x, c in batches:
+        x, c = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, c))
+        carry = step(carry, x, c)
+    return carry.scaling if graph is None else nnx.as_pure(carry[0])["scaling"]
+
+
+def in_a_shard_map(check_vma):
+    """For `on_a_mesh`: each device runs the step on its own part of the batch."""
+
+    def around(mesh, step):
+        specs = (P(), P("data"), P("data"))
+        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+
+    return around
+
+
+def unequal_batches():
+    """Two batches of two rows for each device.
+
+    The first device holds the largest input, the last one the largest cotangent.
+    """
+    n = len(jax.devices())
+    sizes = np.arange(1, n + 1)
+    for step in (1, 2):
+        x, c = peaked(step * sizes[::-1], rows=2), peaked(10 * sizes, rows=2)
+        yield x.reshape(-1, 8), c.reshape(-1, 8)
+
+
+def dense(api: str, tx: Any, policy: Any = None, **options: Any) -> Any:
+    """The loop of one layer of 8 features."""
+    return LOOPS[api](DENSE[api], policy or float8(), tx, peaked(1), **options)
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

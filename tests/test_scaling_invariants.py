@@ -24,28 +24,29 @@ import optax
 import pytest
 from flax import nnx
 from helpers import assert_trees_equal
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scaling_helpers import (
+    FROZEN,
     LOOPS,
     OPERANDS,
     amax,
     by_path,
+    dense,
     float8,
     history,
+    in_a_shard_map,
     inner_product,
-    linen_step,
     mean_squared_error,
-    nnx_step,
+    on_a_mesh,
     peaked,
+    unequal_batches,
 )
 
 import mpjax as mp
 
-DENSE = {"linen": nn.Dense(8), "nnx": lambda rngs: nnx.Linear(8, 8, rngs=rngs)}
-FROZEN = optax.sgd(0.0)  # the kernel's amax stays what it was
 # Every product in these is by a power of two, so that no fusion rounds it in another way.
 SGD = optax.sgd(2.0**-4, momentum=0.5)
+UNSCALED = mp.loss_scaled(SGD, 1)  # by a division too, which stands between two fusions
 GROWING = mp.loss_scaled(SGD, mp.DynamicLossScale(initial_scale=8, period=2, factor=4))
 OF_THREE = optax.MultiSteps(FROZEN, every_k_schedule=3)
 DEVICES = len(jax.devices())
@@ -54,18 +55,6 @@ DEVICES = len(jax.devices())
 @pytest.fixture(params=["linen", "nnx"])
 def api(request):
     return request.param
-
-
-def dense(api, tx, policy=None, **options):
-    return LOOPS[api](DENSE[api], policy or float8(), tx, peaked(1), **options)
-
-
-def histories(loop):
-    return {path: state.amax_history for path, state in loop.states.items()}
-
-
-def scales(loop):
-    return {path: state.scale for path, state in loop.states.items()}
 
 
 class LinenMlp(nn.Module):
@@ -134,8 +123,8 @@ def test_the_optimizer_sees_no_scaling_state_and_clipping_changes_none(api):
 
 @pytest.fixture(scope="module")
 def unscaled():
-    """A loop after four steps without a loss scale, per API."""
-    return functools.cache(lambda api: trained(mlp(api, SGD)))
+    """A loop after four steps with a loss scale of 1, per API."""
+    return functools.cache(lambda api: trained(mlp(api, UNSCALED)))
 
 
 def trained(loop):
@@ -146,7 +135,7 @@ def trained(loop):
 
 @pytest.mark.parametrize("tx, last", [("static", 2.0**15), ("growing", 128)])
 def test_a_loss_scale_changes_no_bit(api, unscaled, tx, last):
-    """Powers of two: amaxes, scales, 8-bit values and weights are those of training without."""
+    """Powers of two: amaxes, scales, 8-bit values and weights are those of a loss scale of 1."""
     loop = trained(mlp(api, {"static": mp.loss_scaled(SGD, 2.0**15), "growing": GROWING}[tx]))
     assert loop.loss_scale == last
     assert_trees_equal(loop.states, unscaled(api).states)
@@ -437,53 +426,13 @@ def test_linen_and_nnx_hold_equal_state(microbatches):
 # -- 6. devices
 
 
-def on_a_mesh(api, around_step=None, around_loss=lambda mesh, f: f):
-    """Two steps of a Dense over all devices: its loop, and the states on every device.
-
-    Args:
-      api: "linen" or "nnx".
-      around_step: a transform of `step(carry, x, c) -> carry`.
-      around_loss: a transform of `loss(carry, batch)`.
-    """
-    loop = dense(api, FROZEN)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    reduce = functools.partial(jax.lax.pmean, axis_name="data") if around_step else lambda g: g
-    options = {"reduce": reduce, "around": functools.partial(around_loss, mesh)}
-    graph, carry = (None, loop.carry)
-    if api == "nnx":
-        graph, carry = nnx.split((loop.model, loop.optimizer))
-
-    def step(carry, x, c):
-        if graph is None:
-            return linen_step(carry, x, c, **options)[0]
-        model, optimizer = nnx.merge(graph, carry)
-        nnx_step(model, optimizer, x, c, **options)
-        return nnx.split((model, optimizer))[1]
-
-    step = jax.jit((around_step or (lambda mesh, f: f))(mesh, step))
-    carry = jax.device_put(carry, NamedSharding(mesh, P()))
-    kernel = amax(loop.params["kernel"])
-    for x, c in global_batches():
-        x, c = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, c))
-        carry = step(carry, x, c)
-    scaling = carry.scaling if api == "linen" else nnx.as_pure(carry[0])["scaling"]
-    return kernel, scaling
-
-
-def global_batches():
-    """The first device holds the largest input, the last one the largest cotangent."""
-    sizes = np.arange(1, DEVICES + 1)
-    for step in (1, 2):
-        x, c = peaked(step * sizes[::-1], rows=2), peaked(10 * sizes, rows=2)
-        yield x.reshape(-1, 8), c.reshape(-1, 8)
-
-
-def assert_global(kernel, scaling, largest_cotangent=10 * DEVICES):
-    n = DEVICES
+def assert_global(loop, scaling):
+    """Every device holds the states of the whole batches, and the same bits."""
+    n, kernel = DEVICES, amax(loop.params["kernel"])
     expected = {
         "input": (n, 2 * n),
         "kernel": (kernel, kernel),
-        "output_grad": (largest_cotangent, largest_cotangent),
+        "output_grad": (10 * n, 10 * n),
     }
     assert sorted(scaling) == sorted(OPERANDS)
     for name, state in scaling.items():
@@ -495,18 +444,15 @@ def assert_global(kernel, scaling, largest_cotangent=10 * DEVICES):
 
 
 def test_under_jit_over_a_mesh_amaxes_are_global(api):
-    assert_global(*on_a_mesh(api))
+    loop = dense(api, FROZEN)
+    assert_global(loop, on_a_mesh(loop, unequal_batches()))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_a_shard_map_amaxes_are_global_and_never_averaged(api, check_vma):
     """Each device differentiates its own part, and `pmean` averages the gradients."""
-
-    def around(mesh, step):
-        specs = (P(), P("data"), P("data"))
-        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
-
-    assert_global(*on_a_mesh(api, around))
+    loop = dense(api, FROZEN)
+    assert_global(loop, on_a_mesh(loop, unequal_batches(), in_a_shard_map(check_vma)))
 
 
 def sharded_loss(check_vma):
@@ -535,13 +481,15 @@ def sharded_loss(check_vma):
 
 
 def test_a_shard_map_inside_the_loss_has_global_amaxes(api):
-    assert_global(*on_a_mesh(api, around_loss=sharded_loss(check_vma=True)))
+    loop, loss = dense(api, FROZEN), sharded_loss(check_vma=True)
+    assert_global(loop, on_a_mesh(loop, unequal_batches(), around_loss=loss))
 
 
 @pytest.mark.skipif(DEVICES < 2, reason="one device has nothing to sum over")
 def test_a_shard_map_inside_the_loss_without_check_vma_is_refused(api):
+    loop, loss = dense(api, FROZEN), sharded_loss(check_vma=False)
     with pytest.raises(NotImplementedError, match="check_vma=False inside the loss: its transpose"):
-        on_a_mesh(api, around_loss=sharded_loss(check_vma=False))
+        on_a_mesh(loop, unequal_batches(), around_loss=loss)
 
 
 # -- 7. files

@@ -124,9 +124,9 @@ def _differentiate(
     graph, params, states, rest = _split(nodes, wrt)
 
     def scaled_loss(params: Any, zeros: Any) -> tuple[Any, Any]:
-        # Copies: a variable of the caller's cannot be changed inside of the derivative.
-        probed = with_probes(states, zeros, loss_scale)
-        model, *others = nnx.merge(graph, params, probed, rest, copy=True)
+        known = with_probes(states, zeros, loss_scale)
+        # Copies, for the loss may write to variables of this trace only.
+        model, *others = nnx.merge(graph, params, known, rest, copy=True)
         given = list(args)
         for i, node in zip(at, others, strict=True):
             given[i] = node
