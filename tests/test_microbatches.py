@@ -9,7 +9,6 @@ import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -61,7 +60,7 @@ def assert_first_layer_equal(found: mp.TrainState, expected: mp.TrainState) -> N
         layer = histories(found)["block_0"]["attention"]["query"][operand]
         wanted = histories(expected)["block_0"]["attention"]["query"][operand]
         np.testing.assert_array_equal(layer, wanted)
-        assert np.all(wanted[:2] > 0)
+        assert np.count_nonzero(wanted) > 1
 
 
 def test_histories_are_those_of_the_whole_batch(initial):
