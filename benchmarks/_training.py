@@ -150,7 +150,8 @@ def our_training(policy: str, dtype: Any, case: Case) -> Training:
         )
 
     def gradients(state: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-        return state.value_and_grad(loss_of(state.apply_fn))(state.variables, x, y)
+        loss = loss_of(state.apply_fn)
+        return state.value_and_grad(lambda variables: loss(variables, x, y))
 
     return Training(
         init,
