@@ -85,7 +85,7 @@ def _dot(
     precision: jax.lax.PrecisionLike,
 ) -> Array:
     """The product of the values."""
-    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+    if _both_stored(lhs, rhs):
         if _is_integer(lhs, rhs):
             stored = lhs.values, rhs.values  # not yet widened, as those that `dot` is given are
 
@@ -117,11 +117,14 @@ def _blocked(
     dtypes = [jnp.bfloat16 if isinstance(o, QTensor) else o.dtype for o in (lhs, rhs)]
     exact = not scaled and all(dtype == jnp.bfloat16 for dtype in dtypes)
     dtype = jnp.dtype(jnp.bfloat16 if exact else jnp.float32)
-    if contraction.columns < contraction.rows:
+    swapped = contraction.columns < contraction.rows
+    if _both_stored(lhs, rhs) and contraction.terms <= contraction.columns:
+        swapped = False  # the result in its order: it is larger than both operands
+    if swapped:
         rhs = _decoded(rhs, dtype, scaled)
     else:
         lhs = _decoded(lhs, dtype, scaled)
-    few, many, swapped = matrices(lhs, rhs, contraction)
+    few, many, _ = matrices(lhs, rhs, contraction, swapped)
     return _in_output(blocked_dot(rows_first(few), many, jnp.float32, scaled), swapped, contraction)
 
 
@@ -140,6 +143,10 @@ def _in_output(product: Array, swapped: bool, contraction: Contraction) -> Array
 
 def _is_integer(lhs: Array | QTensor, rhs: Array | QTensor) -> bool:
     return all(isinstance(o, QTensor) and o.format.is_integer for o in (lhs, rhs))
+
+
+def _both_stored(lhs: Array | QTensor, rhs: Array | QTensor) -> bool:
+    return isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
 
 
 def _is_grouped(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) -> bool:

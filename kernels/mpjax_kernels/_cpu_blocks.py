@@ -42,8 +42,11 @@ def blocked_dot(
         few = jnp.repeat(few, 2, axis=1)  # XLA has no fast product of a single 8- or 16-bit row
     size = _block_size(many, rows, few.dtype)
     read = partial(_read, many, size=size, dtype=few.dtype, scaled=scaled)
-    step = _by_columns if many.terms_last else _by_terms
     count = -(-many.values.shape[1] // size)
+    if many.batch * count == 1:
+        contract = (1, 1) if many.terms_last else (1, 0)
+        return _dot(few[0], read(np.int32(0), np.int32(0)), contract, dtype)[None, :rows]
+    step = _by_columns if many.terms_last else _by_terms
     out = vary_like(jnp.zeros((many.batch, few.shape[1], many.free), dtype), few, many.values)
     if many.scale is not None and scaled:
         out = vary_like(out, many.scale, many.zero_point)
