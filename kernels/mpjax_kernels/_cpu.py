@@ -20,10 +20,11 @@ from jaxtyping import Array, Float
 
 from . import _xla
 from ._contraction import Contraction
-from ._cpu_blocks import blocked_dot
+from ._cpu_blocks import blocked_dot, decoded_dot, is_one_block
 from ._cpu_digits import MOST_TERMS, digits, recombine
 from ._cpu_integer import integer_dot
 from ._cpu_matrices import Matrices, matrices, rows_first
+from ._float8_bits import from_bits
 from ._groups import is_grouped
 from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale
@@ -120,18 +121,27 @@ def _blocked(
     swapped = contraction.columns < contraction.rows
     if _both_stored(lhs, rhs) and contraction.terms <= contraction.columns:
         swapped = False  # the result in its order: it is larger than both operands
-    if swapped:
+    few, many = (rhs, lhs) if swapped else (lhs, rhs)
+    # Decoded in the shape it has, the same in all products, so that it is decoded once for them.
+    at_once = is_one_block(many, few.size // contraction.terms, dtype)
+    if swapped or at_once:
         rhs = _decoded(rhs, dtype, scaled)
-    else:
+    if not swapped or at_once:
         lhs = _decoded(lhs, dtype, scaled)
     few, many, _ = matrices(lhs, rhs, contraction, swapped)
+    if at_once:
+        return _in_output(decoded_dot(rows_first(few), many), swapped, contraction)
     return _in_output(blocked_dot(rows_first(few), many, jnp.float32, scaled), swapped, contraction)
 
 
 def _decoded(operand: Array | QTensor, dtype: np.dtype, scaled: bool) -> Array:
     if not isinstance(operand, QTensor):
         return operand.astype(dtype)
-    values = decode(operand, dtype)
+    if operand.format.is_integer:
+        values = decode(operand, dtype)
+    else:
+        bits = jax.lax.bitcast_convert_type(operand.values, jnp.int8)
+        values = from_bits(bits, operand.format, dtype)
     return values * expand_scale(operand) if scaled else values
 
 

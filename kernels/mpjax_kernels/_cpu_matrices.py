@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Shaped
 
 from ._contraction import Contraction
+from ._cpu_memory import in_memory
 from ._formats import Format
 from ._qtensor import QTensor
 from ._storage import spread
@@ -78,7 +78,7 @@ def rows_first(x: Matrices) -> Shaped[Array, "batch free terms"]:
     """
     if x.terms_last:
         return x.values
-    return with_layout_constraint(jnp.swapaxes(x.values, 1, 2), Layout((0, 1, 2)))
+    return in_memory(jnp.swapaxes(x.values, 1, 2))
 
 
 def _matrices(

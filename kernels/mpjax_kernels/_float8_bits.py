@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
+from ._cpu_memory import in_memory
 from ._formats import Format
 
 # Those whose zero has a sign.
@@ -49,7 +50,8 @@ def _to_float8(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*sha
     is_normal = magnitude >= _i32((exponent + 1) << 23)
     sign = (bits >> _i32(24)) & _i32(0x80)
     result = (jnp.where(is_normal, normal, subnormal) | sign) & _i32(0xFF)
-    return jax.lax.bitcast_convert_type(result.astype(jnp.uint8), format.dtype)
+    values = jax.lax.bitcast_convert_type(result.astype(jnp.uint8), format.dtype)
+    return in_memory(values)
 
 
 def from_bits(
