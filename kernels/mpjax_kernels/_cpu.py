@@ -87,7 +87,7 @@ def _dot(
     precision: jax.lax.PrecisionLike,
 ) -> Array:
     """The product of the values."""
-    if _both_stored(lhs, rhs):
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         if _is_integer(lhs, rhs):
             stored = lhs.values, rhs.values  # not yet widened, as those that `dot` is given are
 
@@ -120,8 +120,9 @@ def _blocked(
     exact = not scaled and all(dtype == jnp.bfloat16 for dtype in dtypes)
     dtype = jnp.dtype(jnp.bfloat16 if exact else jnp.float32)
     swapped = contraction.columns < contraction.rows
-    if _both_stored(lhs, rhs) and contraction.terms <= contraction.columns:
-        swapped = False  # the result in its order: it is larger than both operands
+    both = isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
+    if both and contraction.terms <= contraction.columns:
+        swapped = False  # the result is larger than the operand that is turned instead
     few, many = (rhs, lhs) if swapped else (lhs, rhs)
     left = None if scaled else _turned_bits(few, matrices(lhs, rhs, contraction, swapped)[0], dtype)
     # Decoded in the shape it has, the same in all products, so that it is decoded once for them.
@@ -167,10 +168,6 @@ def _in_output(product: Array, swapped: bool, contraction: Contraction) -> Array
 
 def _is_integer(lhs: Array | QTensor, rhs: Array | QTensor) -> bool:
     return all(isinstance(o, QTensor) and o.format.is_integer for o in (lhs, rhs))
-
-
-def _both_stored(lhs: Array | QTensor, rhs: Array | QTensor) -> bool:
-    return isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
 
 
 def _is_grouped(lhs: Array | QTensor, rhs: Array | QTensor, c: Contraction) -> bool:

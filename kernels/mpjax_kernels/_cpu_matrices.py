@@ -57,8 +57,9 @@ def matrices(
 ) -> tuple[Matrices, Matrices, bool]:
     """The left operand, the right one, and whether the left is `rhs`.
 
-    If `swapped` is None, the left one is that with fewer free entries. The right one, a weight as a rule, stays as it is stored if its contracting axes, in any
-    order, are its last ones or come right before or after the free ones.
+    If `swapped` is None, the left one is that with fewer free entries. The other, a weight as a
+    rule, stays as it is stored if its contracting axes, in any order, are its last ones or come
+    right before or after the free ones.
     """
     c = contraction
     swapped = c.columns < c.rows if swapped is None else swapped

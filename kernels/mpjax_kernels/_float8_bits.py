@@ -44,8 +44,9 @@ def _to_float8(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*sha
     magnitude = bits & _i32(0x7FFFFFFF)
     odd = (magnitude >> _i32(drop)) & _i32(1)
     rounded = (magnitude + (odd + _i32(2 ** (drop - 1) - 1))) >> _i32(drop)
-    shift = jax.lax.bitcast_convert_type(magnitude, jnp.float32) + np.float32(format.smallest * 2**23)
-    subnormal = jax.lax.bitcast_convert_type(shift, jnp.int32)  # its bits above the last eight go
+    shift = np.float32(format.smallest * 2**23)
+    shifted = jax.lax.bitcast_convert_type(magnitude, jnp.float32) + shift
+    subnormal = jax.lax.bitcast_convert_type(shifted, jnp.int32)  # bits above the last 8 go
     normal = rounded - _i32(exponent << mantissa)
     is_normal = magnitude >= _i32((exponent + 1) << 23)
     sign = (bits >> _i32(24)) & _i32(0x80)
