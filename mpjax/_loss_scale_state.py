@@ -102,8 +102,15 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     Returns:
         bool[].
     """
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    finite = [_is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+
+
+def _is_finite(x: Any) -> Bool[Array, ""]:
+    if jnp.iscomplexobj(x):  # whose magnitude can overflow
+        return jnp.all(jnp.isfinite(x))
+    # A maximum is NaN where an entry is, and one pass over x; `all` makes an array of booleans.
+    return jnp.isfinite(jnp.max(jnp.abs(x), initial=0))
 
 
 def _is_inexact(x: Any) -> bool:

@@ -171,6 +171,7 @@ def observe(state: ScalingState, amax: Float[Array, "*layers"]) -> ScalingState:
     return dataclasses.replace(state, observed=jnp.maximum(state.observed, amax))
 
 
+@jax.jit
 def update(state: ScalingState) -> ScalingState:
     """The state of the next step: what was observed enters the history, and the scale follows.
 

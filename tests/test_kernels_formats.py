@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import mpjax_kernels as mk
+from mpjax_kernels._float8_bits import cast as float8_cast
 from mpjax_kernels._formats import FORMATS
 from mpjax_kernels._rounding import round_to
 from tests.kernels_helpers import U, normal, quantize
@@ -113,6 +114,20 @@ def test_nothing_overflows(name, stochastic, key):
     largest = np.abs(q.values.astype(jnp.float32))
     assert np.isfinite(largest).all() and largest.max() == mk.get_format(name).max
     assert np.isfinite(dequantize(q)).all()
+
+
+def test_the_cast_has_the_bits_of_ml_dtypes(name):
+    format = mk.get_format(name)
+    if format.is_integer:
+        pytest.skip("integers are rounded before the cast")
+    every = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)  # of bfloat16
+    values = grid(name).astype(np.float32)
+    ties = (values[1:] + values[:-1]) / 2
+    x = np.concatenate([every[np.isfinite(every)], values, ties, -ties])
+    x = np.concatenate([x, np.nextafter(x, np.float32(-1e38)), np.nextafter(x, np.float32(1e38))])
+    x = np.clip(x, -format.max, format.max)
+    found = np.asarray(float8_cast(x, format))
+    np.testing.assert_array_equal(found.view(np.uint8), x.astype(format.dtype).view(np.uint8))
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

@@ -15,12 +15,26 @@ from jaxtyping import Array, Shaped
 
 from ._cpu_matrices import Matrices
 from ._float8_bits import from_bits
+from ._qtensor import QTensor
 from ._varying import vary_like
 
 # The bytes of a decoded block. Where there are many rows the product takes most of the time, and
 # it is faster with larger blocks.
 _FEW_ROWS, _BLOCK, _LARGE_BLOCK = 128, 2**20, 2**23
 _LEAST = 8  # a block has at least this part of them, or is larger
+
+
+def is_one_block(many: Array | QTensor, rows: int, dtype: np.dtype) -> bool:
+    """Whether an operand is decoded at once beside one of so many rows."""
+    return many.size * dtype.itemsize <= _most(rows)
+
+
+def decoded_dot(
+    few: Shaped[Array, "batch rows terms"], many: Matrices
+) -> Shaped[Array, "batch rows columns"]:
+    """`few` times an array, summed in float32."""
+    axes = ((2,), (2 if many.terms_last else 1,)), ((0,), (0,))
+    return jax.lax.dot_general(few, many.values, axes, preferred_element_type=jnp.float32)
 
 
 def blocked_dot(
@@ -42,8 +56,8 @@ def blocked_dot(
         few = jnp.repeat(few, 2, axis=1)  # XLA has no fast product of a single 8- or 16-bit row
     size = _block_size(many, rows, few.dtype)
     read = partial(_read, many, size=size, dtype=few.dtype, scaled=scaled)
-    step = _by_columns if many.terms_last else _by_terms
     count = -(-many.values.shape[1] // size)
+    step = _by_columns if many.terms_last else _by_terms
     out = vary_like(jnp.zeros((many.batch, few.shape[1], many.free), dtype), few, many.values)
     if many.scale is not None and scaled:
         out = vary_like(out, many.scale, many.zero_point)
@@ -83,8 +97,7 @@ def _dot(left: Array, right: Array, contract: tuple[int, int], dtype: DTypeLike)
 def _block_size(many: Matrices, rows: int, dtype: np.dtype) -> int:
     """How much of axis 1 to decode at once."""
     _, length, width = many.values.shape
-    most = _BLOCK if rows <= _FEW_ROWS else _LARGE_BLOCK
-    wanted = max(1, most // (width * dtype.itemsize))
+    wanted = max(1, _most(rows) // (width * dtype.itemsize))
     if length <= wanted or many.terms_last:
         return min(length, wanted)  # the last block overlaps the one before
     # Terms are added up, so blocks must not overlap, nor hold a part of a group beside another.
@@ -93,6 +106,10 @@ def _block_size(many: Matrices, rows: int, dtype: np.dtype) -> int:
     best = max(n for n in sizes if n <= wanted)
     # A prime number of terms, say, is better decoded at once than one by one.
     return best if best * _LEAST >= wanted else min(n for n in sizes if n > wanted)
+
+
+def _most(rows: int) -> int:
+    return _BLOCK if rows <= _FEW_ROWS else _LARGE_BLOCK
 
 
 def _read(

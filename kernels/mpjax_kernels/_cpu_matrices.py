@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from ._contraction import Contraction
+from ._cpu_memory import in_memory
 from ._formats import Format
 from ._qtensor import QTensor
 from ._storage import spread
@@ -49,15 +50,19 @@ class Matrices:
 
 
 def matrices(
-    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
+    contraction: Contraction,
+    swapped: bool | None = None,
 ) -> tuple[Matrices, Matrices, bool]:
-    """The operand with fewer free entries, that with more, and whether the first is `rhs`.
+    """The left operand, the right one, and whether the left is `rhs`.
 
-    The larger one, a weight as a rule, stays as it is stored if its contracting axes, in any
-    order, are its last ones or come right before or after the free ones.
+    If `swapped` is None, the left one is that with fewer free entries. The other, a weight as a
+    rule, stays as it is stored if its contracting axes, in any order, are its last ones or come
+    right before or after the free ones.
     """
     c = contraction
-    swapped = c.columns < c.rows
+    swapped = c.columns < c.rows if swapped is None else swapped
     many_contract = c.lhs_contract if swapped else c.rhs_contract
     order = sorted(range(len(many_contract)), key=many_contract.__getitem__)
     left = _matrices(lhs, c.lhs_batch, c.lhs_free, tuple(c.lhs_contract[i] for i in order))
@@ -70,13 +75,11 @@ def rows_first(x: Matrices) -> Shaped[Array, "batch free terms"]:
 
     XLA folds the transpose of an operand into the dot, and an optimization barrier does not keep
     it from that; but its fast kernels want the terms of the left operand next to each other. For
-    8-bit integers that is ten times faster. It folds no concatenation of two transposes.
+    8-bit integers that is ten times faster. A constraint of its layout keeps the transpose.
     """
-    if x.terms_last or x.free < 2:
-        return x.values if x.terms_last else x.values.reshape(x.batch, x.free, x.terms)
-    half = x.free // 2
-    halves = x.values[:, :, :half], x.values[:, :, half:]
-    return jnp.concatenate([jnp.swapaxes(part, 1, 2) for part in halves], axis=1)
+    if x.terms_last:
+        return x.values
+    return in_memory(jnp.swapaxes(x.values, 1, 2))
 
 
 def _matrices(

@@ -1,11 +1,58 @@
-"""float8 numbers from their bits, in integer arithmetic that CPUs vectorize."""
+"""float8 numbers to and from their bits, in integer arithmetic that CPUs vectorize."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Shaped
 
+from ._cpu_memory import in_memory
 from ._formats import Format
+
+# Those whose zero has a sign.
+_SIGNED_ZERO = ("float8_e4m3fn", "float8_e5m2")
+
+
+@partial(jax.jit, static_argnames="format")
+def cast(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*shape"]:
+    """float32 numbers within the range of a format as `x.astype(format.dtype)`, bit for bit.
+
+    XLA:CPU converts to float8 three to five times slower than this adds integers.
+    """
+    if format.name not in _SIGNED_ZERO:
+        return x.astype(format.dtype)
+    return jax.lax.platform_dependent(
+        x, cpu=partial(_to_float8, format=format), default=lambda y: y.astype(format.dtype)
+    )
+
+
+def _to_float8(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*shape"]:
+    """Rounds the mantissa to nearest even, and moves it down to where the format has it.
+
+    Half of the last place that is kept, less one bit if that is even, and the cut after it round;
+    a carry out of the mantissa adds one to the exponent, as it should. Subnormal numbers are the
+    multiples of `smallest`, which is the last place of `smallest * 2**23`: the sum with that has
+    them as its last bits, rounded by the addition.
+    """
+    mantissa = round(-np.log2(format.epsilon))
+    drop = 23 - mantissa
+    least = format.smallest / format.epsilon  # the smallest normal number
+    exponent = 127 + round(np.log2(least)) - 1  # what the exponents of the two differ by
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = bits & _i32(0x7FFFFFFF)
+    odd = (magnitude >> _i32(drop)) & _i32(1)
+    rounded = (magnitude + (odd + _i32(2 ** (drop - 1) - 1))) >> _i32(drop)
+    shift = np.float32(format.smallest * 2**23)
+    shifted = jax.lax.bitcast_convert_type(magnitude, jnp.float32) + shift
+    subnormal = jax.lax.bitcast_convert_type(shifted, jnp.int32)  # bits above the last 8 go
+    normal = rounded - _i32(exponent << mantissa)
+    is_normal = magnitude >= _i32((exponent + 1) << 23)
+    sign = (bits >> _i32(24)) & _i32(0x80)
+    result = (jnp.where(is_normal, normal, subnormal) | sign) & _i32(0xFF)
+    values = jax.lax.bitcast_convert_type(result.astype(jnp.uint8), format.dtype)
+    return in_memory(values)
 
 
 def from_bits(
@@ -52,3 +99,7 @@ def _exponent(biased: int) -> Array:
 
 def _i16(x: int) -> Array:
     return jnp.int16(x)
+
+
+def _i32(x: int) -> np.int32:
+    return np.int32(x)

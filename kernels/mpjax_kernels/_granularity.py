@@ -66,6 +66,10 @@ def granularity_of(shape: tuple[int, ...], scales: tuple[int, ...]) -> Granulari
         )
     split, reduced = [], []
     for size, groups in zip(shape, scales, strict=True):
+        if groups == 1:  # not cut: XLA:CPU writes an array of more axes more slowly
+            reduced.append(len(split))
+            split.append(size)
+            continue
         split.append(groups)
         if groups != size:
             reduced.append(len(split))

@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
+from . import _float8_bits
 from ._derivative import without_derivative
 from ._formats import Format, FormatLike, get_format
 from ._granularity import Granularity, GroupSize, granularity, granularity_of
@@ -171,7 +172,8 @@ def _quantize(
     scale = scale_of(amax, target)
     # The cast of a NaN is not the same in every format and on every platform; the scale carries it.
     ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
-    return round_to(ratio, target, key).reshape(x.shape), scale.reshape(blocks.scales)
+    values = round_to(ratio, target, key, cast=_float8_bits.cast)
+    return values.reshape(x.shape), scale.reshape(blocks.scales)
 
 
 def _quantize_with(
@@ -183,9 +185,10 @@ def _quantize_with(
     scale = scale.reshape(amax.shape)
     known = jnp.where(scale > 0, jnp.maximum(scale, _FLOAT32.tiny), jnp.nan)
     scale = jnp.where(scale == 0, scale_of(amax, target), known)
-    ratio = jnp.where(jnp.isfinite(split) & jnp.isfinite(scale), split / scale, 0.0)
     scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
-    return round_to(ratio, target, key).reshape(x.shape), scale.reshape(blocks.scales)
+    ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
+    values = round_to(ratio, target, key, cast=_float8_bits.cast)
+    return values.reshape(x.shape), scale.reshape(blocks.scales)
 
 
 def _quantize_asymmetric(

@@ -141,11 +141,7 @@ def _product(how: _How, lhs, rhs, scales: DotScales, probes: DotScales, key):
 
 def _forward(how: _How, lhs, rhs, scales: DotScales, probes: DotScales, key):
     keys, products = _keys(key), how.products
-    lhs_axes, rhs_axes = products.out_axes
-    left = quantize_operand(lhs, how.out[0], lhs_axes, scales.lhs, keys["lhs"])
-    right = quantize_operand(rhs, how.out[1], rhs_axes, scales.rhs, keys["rhs"])
-    out = products.out(left, right, how.dtype)
-    amaxes = DotScales(amax_of(lhs, scales.lhs, left), amax_of(rhs, scales.rhs, right))
+    out, left, right, amaxes = _multiply(how, lhs, rhs, scales, keys)
     clips = DotScales() if how.straight_through else scales
     lhs_axes, rhs_axes = products.drhs_axes[0], products.dlhs_axes[1]
     saved_lhs = save(lhs, left, how.drhs[0], lhs_axes, clips.lhs, keys["saved_lhs"])
@@ -159,27 +155,44 @@ def _forward(how: _How, lhs, rhs, scales: DotScales, probes: DotScales, key):
 def _backward(how: _How, residuals, cotangents):
     saved_lhs, saved_rhs, scales, probes, seen, keys = residuals
     g, _ = cotangents  # the amaxes have no derivative
-    products = how.products
+    operands = saved_lhs.operand, saved_rhs.operand
+    grad_lhs, grad_rhs, amaxes = _multiply_gradient(how, g, *operands, scales, keys)
+    amaxes = observed(probes, replace(seen, dlhs=amaxes.dlhs, drhs=amaxes.drhs), g)
+    return saved_lhs.masked(grad_lhs), saved_rhs.masked(grad_rhs), None, amaxes, None
 
+
+_product.defvjp(_forward, _backward)
+
+
+# Both are compiled with what calls them. But a model of many layers alike traces them once.
+@partial(jax.jit, static_argnums=0)
+def _multiply(how: _How, lhs, rhs, scales: DotScales, keys):
+    lhs_axes, rhs_axes = how.products.out_axes
+    left = quantize_operand(lhs, how.out[0], lhs_axes, scales.lhs, keys["lhs"])
+    right = quantize_operand(rhs, how.out[1], rhs_axes, scales.rhs, keys["rhs"])
+    out = how.products.out(left, right, how.dtype)
+    amaxes = DotScales(amax_of(lhs, scales.lhs, left), amax_of(rhs, scales.rhs, right))
+    return out, left, right, amaxes
+
+
+@partial(jax.jit, static_argnums=0)
+def _multiply_gradient(how: _How, g, lhs: Operand, rhs: Operand, scales: DotScales, keys):
+    products = how.products
     g_axes, axes = products.dlhs_axes
-    rhs = requantize(saved_rhs.operand, how.dlhs[1], axes, g.dtype, keys["saved_rhs"])
+    rhs = requantize(rhs, how.dlhs[1], axes, g.dtype, keys["saved_rhs"])
     folded, rhs = fold(g, rhs, axes, products.rhs_onto_g, how.dlhs[0])
     left = quantize_operand(folded, how.dlhs[0], g_axes, scales.dlhs, keys["dlhs"])
     amax_dlhs = amax_of(folded, scales.dlhs, left)
     grad_lhs = products.dlhs(left, rhs, how.lhs_dtype)
 
     axes, g_axes = products.drhs_axes
-    lhs = requantize(saved_lhs.operand, how.drhs[0], axes, g.dtype, keys["saved_lhs"])
+    lhs = requantize(lhs, how.drhs[0], axes, g.dtype, keys["saved_lhs"])
     folded, lhs = fold(g, lhs, axes, products.lhs_onto_g, how.drhs[1])
     right = quantize_operand(folded, how.drhs[1], g_axes, scales.drhs, keys["drhs"])
     amax_drhs = amax_of(folded, scales.drhs, right)
     grad_rhs = products.drhs(lhs, right, how.rhs_dtype)
 
-    amaxes = observed(probes, replace(seen, dlhs=amax_dlhs, drhs=amax_drhs), g)
-    return saved_lhs.masked(grad_lhs), saved_rhs.masked(grad_rhs), None, amaxes, None
-
-
-_product.defvjp(_forward, _backward)
+    return grad_lhs, grad_rhs, DotScales(dlhs=amax_dlhs, drhs=amax_drhs)
 
 
 def _keys(key: Array | None) -> dict[str, Array | None]:

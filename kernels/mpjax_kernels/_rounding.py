@@ -1,5 +1,7 @@
 """Rounding float32 numbers to the values of a format."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ def round_to(
     format: Format,
     key: Array | None = None,
     lowest: float | None = None,
+    cast: Callable[[Array, Format], Array] | None = None,
 ) -> Shaped[Array, "*shape"]:
     """Rounds finite float32 numbers to values of a format, and saturates.
 
@@ -25,6 +28,7 @@ def round_to(
         key: None rounds to nearest even. A PRNG key rounds to one of the two neighbouring values,
             to each with the probability that makes `x` the mean.
         lowest: The smallest value to use, if not `-format.max`.
+        cast: What converts to the dtype and rounds to nearest even, if not XLA's cast.
 
     Returns:
         Values of `format.dtype`.
@@ -35,6 +39,8 @@ def round_to(
         x = _round_stochastically(x, format, key)
     elif format.is_integer:
         x = jnp.round(x)
+    if cast is not None:
+        return cast(x, format)
     return x.astype(format.dtype)  # this cast rounds to nearest even in a floating format
 
 
