@@ -174,6 +174,25 @@ def test_accumulated_gradients_are_those_of_the_batch(api):
         np.testing.assert_allclose(grad, by_path(found[1])[path], rtol=1e-6)
 
 
+def test_microbatches_give_the_histories_of_the_whole_batch(api):
+    """Once scales are known: at the first step each microbatch is quantized by its own amaxes."""
+    whole, parts = mlp(api, GROWING), mlp(api, GROWING, microbatches=2)
+    (x, y), *later = batches(3)
+    whole.step(x, y, loss=mean_squared_error)
+    if api == "linen":
+        parts.carry = whole.carry
+    else:
+        parts.model, parts.optimizer = nnx.clone((whole.model, whole.optimizer))
+    for batch in later:
+        for loop in (whole, parts):
+            loop.step(*batch, loss=mean_squared_error)
+    for path, state in parts.states.items():
+        expected = whole.states[path].amax_history
+        np.testing.assert_allclose(state.amax_history, expected, rtol=1e-5)
+        if path == "body/input":
+            np.testing.assert_array_equal(state.amax_history, expected)
+
+
 def test_multi_steps_roll_when_the_optimizer_does(api):
     """Two steps of three microbatches each; in between states only observe."""
     loop = dense(api, OF_THREE)
