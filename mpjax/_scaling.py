@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 import mpjax_kernels as mk
@@ -183,8 +184,10 @@ def update(state: ScalingState) -> ScalingState:
         history, amax = state.amax_history, observed
         seen &= state.scale == 0
     else:
-        rolled = jnp.roll(state.amax_history, -1, axis=-1).at[..., 0].set(observed)
-        history = jnp.where(seen[..., None], rolled, state.amax_history)
+        old = state.amax_history
+        parts = (observed[..., None], old[..., 2:], old[..., :1])  # a roll, but for the oldest
+        rolled = jnp.concatenate(parts, axis=-1)[..., : recipe.amax_history_length]
+        history = jnp.where(seen[..., None], rolled, old)
         amax = history[..., 0] if recipe.algorithm == "most_recent" else jnp.max(history, axis=-1)
     scale = scale_from(amax, state.format, recipe.margin)
     return dataclasses.replace(
@@ -200,7 +203,7 @@ def scale_from(
 ) -> Float[Array, "*layers"]:
     """`amax / format.max * 2**margin`, kept among the normal float32 numbers."""
     limits, largest = jnp.finfo(jnp.float32), mk.get_format(format).max
-    scale = amax / largest * 2.0**margin
+    scale = amax / np.float32(largest / 2.0**margin)
     return jnp.clip(scale, limits.tiny, limits.max / largest / 2)
 
 

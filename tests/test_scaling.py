@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,11 @@ from mpjax._scaling import init_state, observe, update
 FLOAT32 = np.finfo(np.float32)
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 LARGEST = {E4M3: np.float32(448), E5M2: np.float32(57344), "int8": np.float32(127)}
+
+
+def assert_scale(found: Any, expected: Any) -> None:
+    """Equal but for the last bit: compiled, a division is a product with the reciprocal."""
+    np.testing.assert_array_max_ulp(np.asarray(found), np.asarray(expected), maxulp=1)
 
 
 def observed(state, *steps):
@@ -59,7 +65,7 @@ def test_the_history_rolls_and_its_oldest_entry_drops_out():
     for step in (8.0, 4.0, 2.0, 1.0, 1.5):
         state = observed(state, step)
         rows.append(state.amax_history.tolist())
-        assert state.scale == np.float32(max(rows[-1])) / np.float32(448)
+        assert_scale(state.scale, np.float32(max(rows[-1])) / np.float32(448))
         assert state.observed == 0
     assert rows == [[8, 0, 0], [4, 0, 8], [2, 8, 4], [1, 4, 2], [1.5, 2, 1]]
 
@@ -67,7 +73,7 @@ def test_the_history_rolls_and_its_oldest_entry_drops_out():
 @pytest.mark.parametrize("format, largest", LARGEST.items())
 def test_the_scale_takes_the_largest_amax_to_the_largest_value_of_the_format(format, largest):
     state = observed(init_state(mp.DelayedScaling(2), format), 3.0)
-    assert state.scale == np.float32(3) / largest
+    assert_scale(state.scale, np.float32(3) / largest)
 
 
 @pytest.mark.parametrize("margin", [0, 1, -2, 0.5])
@@ -80,7 +86,7 @@ def test_most_recent_forgets_what_the_history_keeps():
     state = init_state(mp.DelayedScaling(3, algorithm="most_recent"), E4M3)
     state = observed(state, 8.0, 2.0)
     np.testing.assert_array_equal(state.amax_history, [2, 0, 8])
-    assert state.scale == np.float32(2) / np.float32(448)
+    assert_scale(state.scale, np.float32(2) / np.float32(448))
 
 
 def test_static_scaling_keeps_the_first_amax():
@@ -290,7 +296,7 @@ def test_the_first_step_takes_the_current_amax_and_the_second_that_of_the_first(
         outputs[size] = np.asarray(loop.forward(peaked(size)))
         loop.step(peaked(size), peaked(1))
     np.testing.assert_allclose(amax(outputs[2]), 2, rtol=1e-6)
-    assert loop.states["kernel"].scale == np.float32(1) / np.float32(448)
+    assert_scale(loop.states["kernel"].scale, np.float32(1) / np.float32(448))
     np.testing.assert_allclose(amax(outputs[100]), 2, rtol=1e-6)  # 448 * (2 / 448)
     np.testing.assert_allclose(outputs[100], np.clip(peaked(100), -2, 2), rtol=1e-6)
     np.testing.assert_allclose(amax(loop.forward(peaked(100))), 100, rtol=1e-6)

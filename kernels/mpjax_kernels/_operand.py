@@ -13,7 +13,7 @@ from ._formats import get_format
 from ._granularity import granularity_of
 from ._probe import over_shared
 from ._qtensor import QTensor
-from ._quantize import known_scale, quantize, scale_of
+from ._quantize import known_scale, quantize, quantize_by
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,9 @@ def quantize_operand(
         return x
     key = key if how.stochastic else None
     if scale is not None:
-        known = known_scale(scale, x.shape)
-        # What is not known yet is found in all that shares it, on other devices too.
-        amax = over_shared(_amax(x, known.shape), known)
-        scale = jnp.where(known == 0, scale_of(amax, get_format(how.format)), known)
-        return quantize(x, how.format, scale=scale, key=key)
+        # What is not known yet is found in all that shares the scale, on other devices too.
+        known, format = known_scale(scale, x.shape), get_format(how.format)
+        return quantize_by(x, format, known, key, over=over_shared)
     if how.granularity == "tensor":
         return quantize(x, how.format, key=key)
     if how.granularity == "channel":

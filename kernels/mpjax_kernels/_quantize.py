@@ -1,5 +1,6 @@
 """From an array to a QTensor and back: amax, scale, round, saturate."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -117,11 +118,25 @@ def quantize(
                 "`scale` says by its shape which entries share one: "
                 "give neither `axis` nor `group_size` nor `symmetric=False` beside it"
             )
-        known = known_scale(scale, array.shape)
-        compute = partial(_quantize_with, target=target)
-        parts = without_derivative(compute, _NO_DERIVATIVE)(array, known, key)
+        return quantize_by(array, target, known_scale(scale, array.shape), key)
     values, found, *zero_point = parts
     return QTensor(values, found, np.dtype(array.dtype), *zero_point)
+
+
+def quantize_by(
+    x: Float[Array, "*shape"],
+    format: Format,
+    scale: Float[Array, "*scales"],
+    key: Array | None = None,
+    over: Callable[[Array, Array], Array] = lambda amax, scale: amax,
+) -> QTensor:
+    """Quantizes by a scale from `known_scale`, of which an entry of 0 is not known yet.
+
+    `over(amax, scale)` makes of the amaxes of `x` those of all that shares the scale.
+    """
+    compute = partial(_quantize_by, target=format, over=over)
+    values, found = without_derivative(compute, _NO_DERIVATIVE)(x, scale, key)
+    return QTensor(values, found, np.dtype(x.dtype))
 
 
 def known_scale(
@@ -176,19 +191,23 @@ def _quantize(
     return values.reshape(x.shape), scale.reshape(blocks.scales)
 
 
-def _quantize_with(
-    x: Float[Array, "*shape"], scale: Float[Array, "*scales"], key: Array | None, target: Format
+def _quantize_by(
+    x: Float[Array, "*shape"],
+    scale: Float[Array, "*scales"],
+    key: Array | None,
+    target: Format,
+    over: Callable[[Array, Array], Array],
 ) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
     blocks = granularity_of(x.shape, scale.shape)
     split = x.astype(jnp.float32).reshape(blocks.split)
-    amax = jnp.max(jnp.abs(split), axis=blocks.reduced, keepdims=True, initial=0.0)
-    scale = scale.reshape(amax.shape)
-    known = jnp.where(scale > 0, jnp.maximum(scale, _FLOAT32.tiny), jnp.nan)
-    scale = jnp.where(scale == 0, scale_of(amax, target), known)
-    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
-    ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
-    values = round_to(ratio, target, key, cast=_float8_bits.cast)
-    return values.reshape(x.shape), scale.reshape(blocks.scales)
+    amax = jnp.max(jnp.abs(split), axis=blocks.reduced, initial=0.0)
+    amax = over(amax.reshape(scale.shape), scale)
+    usable = (scale >= 0) & jnp.isfinite(amax)
+    scale = jnp.where(scale == 0, scale_of(amax, target), jnp.maximum(scale, _FLOAT32.tiny))
+    scale = jnp.where(usable, scale, jnp.nan)
+    kept = scale.reshape([1 if a in blocks.reduced else n for a, n in enumerate(blocks.split)])
+    ratio = jnp.where(jnp.isfinite(kept), split / kept, 0.0)
+    return round_to(ratio, target, key, cast=_float8_bits.cast).reshape(x.shape), scale
 
 
 def _quantize_asymmetric(
