@@ -79,7 +79,7 @@ def remarks(outcomes: dict[str, Outcome]) -> list[str]:
             lines.append(f"A step under {name} takes {times:.2f} times as long as under {BASE}.")
     if any("float8" in line for line in lines):
         lines.append(
-            "So 8 bits save no time here: speed is the subject of benchmarks/train_step.py."
+            "So 8 bits save no time here; benchmarks/train_step.py is about speed."
         )
     lines.append("SHA-256 of the trained weights:")
     return lines + [f"  {outcome.weights_sha256}  {name}" for name, outcome in outcomes.items()]
