@@ -78,9 +78,7 @@ def remarks(outcomes: dict[str, Outcome]) -> list[str]:
             times = outcome.step_time / base.step_time
             lines.append(f"A step under {name} takes {times:.2f} times as long as under {BASE}.")
     if any("float8" in line for line in lines):
-        lines.append(
-            "So 8 bits save no time here; benchmarks/train_step.py is about speed."
-        )
+        lines.append("So 8 bits save no time here; benchmarks/train_step.py is about speed.")
     lines.append("SHA-256 of the trained weights:")
     return lines + [f"  {outcome.weights_sha256}  {name}" for name, outcome in outcomes.items()]
 
