@@ -77,8 +77,8 @@ def remarks(outcomes: dict[str, Outcome]) -> list[str]:
         if base and outcome.step_time > base.step_time:
             times = outcome.step_time / base.step_time
             lines.append(f"A step under {name} takes {times:.2f} times as long as under {BASE}.")
-    if lines:
-        lines.append("On a CPU 8 bits save no time here; benchmarks/train_step.py is about speed.")
+    if any("float8" in line for line in lines):
+        lines.append("So 8 bits save no time here; benchmarks/train_step.py is about speed.")
     lines.append("SHA-256 of the trained weights:")
     return lines + [f"  {outcome.weights_sha256}  {name}" for name, outcome in outcomes.items()]
 

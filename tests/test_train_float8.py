@@ -288,6 +288,18 @@ def test_the_table_has_every_figure_beside_that_of_mixed_bfloat16(example):
     ]
 
 
+@pytest.mark.parametrize(("slow", "said"), [("float32", False), (FLOAT8, True)])
+def test_a_line_says_what_is_slower_and_that_8_bits_save_nothing_only_if_so(example, slow, said):
+    outcomes = {
+        "mixed_bfloat16": outcome_of(example, 2.0),
+        slow: outcome_of(example, 2.0, 0.15, weights_sha256="ab" * 32),
+    }
+    lines = example("train_float8_report").remarks(outcomes)
+    assert lines[0] == f"A step under {slow} takes 1.50 times as long as under mixed_bfloat16."
+    assert lines[1].startswith("So 8 bits save no time here") == said
+    assert lines[-1] == f"  {'ab' * 32}  {slow}"
+
+
 def test_without_mixed_bfloat16_there_is_nothing_to_compare_with(example):
     report, outcomes = example("train_float8_report"), {FLOAT8: outcome_of(example, 2.0)}
     row = [list(column.cells) for column in report.make_table(outcomes).columns]
