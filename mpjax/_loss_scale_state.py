@@ -8,6 +8,7 @@ state            = state.update(all_finite(gradients))  scale that unscales the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -102,15 +103,18 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     Returns:
         bool[].
     """
-    finite = [_is_finite(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
+    magnitudes = [_magnitude(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    # One maximum and then one test: XLA computes all of this again wherever a step asks.
+    return jnp.isfinite(functools.reduce(jnp.maximum, magnitudes, jnp.zeros((), jnp.float32)))
 
 
-def _is_finite(x: Any) -> Bool[Array, ""]:
-    if jnp.iscomplexobj(x):  # whose magnitude can overflow
-        return jnp.all(jnp.isfinite(x))
-    # A maximum is NaN where an entry is, and one pass over x; `all` makes an array of booleans.
-    return jnp.isfinite(jnp.max(jnp.abs(x), initial=0))
+def _magnitude(x: Any) -> Float32[Array, ""]:
+    """The largest |x|, or what is Inf or NaN in its place where an entry is."""
+    if not jnp.iscomplexobj(x) and jnp.result_type(x) != jnp.float64:
+        # A maximum is NaN where an entry is, and one pass over x; `all` makes an array of booleans.
+        return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    # Beyond what float32 holds is not Inf; nor is an entry of which only the magnitude overflows.
+    return jnp.where(jnp.all(jnp.isfinite(x)), 0, jnp.nan).astype(jnp.float32)
 
 
 def _is_inexact(x: Any) -> bool:

@@ -97,7 +97,7 @@ def test_a_given_scale_is_used_and_what_is_beyond_it_saturates(name):
     np.testing.assert_array_equal(rows.scale, [[0.25], [0.5]])
     bad = mk.quantize(x.at[1, 0].set(np.nan), name, scale=jnp.float32([[0.25], [0.25]]))
     np.testing.assert_array_equal(jnp.isnan(bad.scale), [[False], [True]])
-    for wrong in (0.0, -1.0, np.nan, np.inf):
+    for wrong in (-1.0, np.nan, np.inf):
         broken = mk.quantize(x, name, scale=jnp.float32(wrong))
         assert not np.isfinite(mk.dequantize(broken)).any()
 
