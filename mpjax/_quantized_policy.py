@@ -38,6 +38,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         symmetric: False gives int4 a zero point. It is not part of the name.
         scaling: `"delayed"`, `"current"` (the same as `activations="dynamic"`) or `"static"`; None
             leaves it to `mode`.
+        amax_history_length: As in `DelayedScaling`. It is not part of the name.
         margin: As in `DelayedScaling`; for delayed and static scaling. It is not part of the name.
         amax_algorithm: `"max"` or `"most_recent"`, as in `DelayedScaling`. Not part of the name.
         quantize_attention: True has Flax' attention layers multiply query by key, and weights by
@@ -81,6 +82,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         group_size: int | None = None,
         symmetric: bool | None = None,
         scaling: str | None = None,
+        amax_history_length: int = 1024,
         margin: float = 0,
         amax_algorithm: str = "max",
         quantize_attention: bool = False,
@@ -96,6 +98,7 @@ class QuantizedDTypePolicy(DTypePolicy):
             group_size=group_size,
             symmetric=symmetric,
         )
+        check_history_length(amax_history_length)
         check_margin(margin)
         check_algorithm(amax_algorithm)
         if (
@@ -110,6 +113,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         name = f"{scheme.name}_from_{source['source_name']}"
         set_fields(self, name=name, mode=scheme.name, scheme=scheme, **source)
         set_fields(self, symmetric=scheme.symmetric, margin=margin, amax_algorithm=amax_algorithm)
+        set_fields(self, amax_history_length=amax_history_length)
         set_fields(self, quantize_attention=bool(quantize_attention))
 
     @property
@@ -133,11 +137,13 @@ class QuantizedDTypePolicy(DTypePolicy):
         """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
         config = {"mode": self.mode, "source_name": self.source_name}
         symmetric = {} if self.symmetric else {"symmetric": False}
+        length = self.amax_history_length
+        history = {} if length == 1024 else {"amax_history_length": length}
         margin = {} if self.margin == 0 else {"margin": self.margin}
         algorithm = {"amax_algorithm": self.amax_algorithm} if self.amax_algorithm != "max" else {}
         attention = {"quantize_attention": True} if self.quantize_attention else {}
         source = self._source_config()
-        return {**config, **symmetric, **margin, **algorithm, **attention, **source}
+        return {**config, **symmetric, **history, **margin, **algorithm, **attention, **source}
 
 
 @jax.tree_util.register_static
@@ -201,6 +207,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
             group_size=group_size,
             symmetric=symmetric,
             scaling=scaling,
+            amax_history_length=amax_history_length,
             margin=margin,
             amax_algorithm=amax_algorithm,
             quantize_attention=quantize_attention,
@@ -212,8 +219,6 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
                 f"QuantizedFloat8DTypePolicy takes a float8 mode. Received: mode={mode!r}. Use "
                 "QuantizedDTypePolicy for the other modes."
             )
-        check_history_length(amax_history_length)
-        set_fields(self, amax_history_length=amax_history_length)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""

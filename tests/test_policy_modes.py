@@ -125,6 +125,32 @@ def test_asymmetric_int4_is_a_field_outside_the_name():
     assert policy.get_config()["symmetric"] is False
 
 
+@pytest.mark.parametrize("mode", ["int8_delayed", "float8"])
+def test_how_a_mode_is_trained_is_outside_the_name(mode):
+    options = {"margin": 1, "amax_algorithm": "most_recent", "quantize_attention": True}
+    kind = mp.QuantizedFloat8DTypePolicy if mode == "float8" else mp.QuantizedDTypePolicy
+    policy = kind(mode, "float32", amax_history_length=16, **options)
+    assert policy.name == f"{mode}_from_float32"
+    assert policy.scaling == mp.DelayedScaling(16, 1, "most_recent")
+    assert policy.get_config().items() >= {**options, "amax_history_length": 16}.items()
+    assert mp.deserialize(mp.serialize(policy)) == policy != kind(mode, "float32")
+
+
+@pytest.mark.parametrize(
+    ("mode", "scaling"),
+    [
+        ("float8", mp.DelayedScaling()),
+        ("float8_current", mp.CurrentScaling("tensor")),
+        ("float8/row", mp.CurrentScaling("channel")),
+        ("int8", mp.CurrentScaling("channel")),
+        ("int8_static", mp.StaticScaling()),
+        ("int8_weight_only", None),
+    ],
+)
+def test_where_the_scales_of_a_mode_come_from(mode, scaling):
+    assert mp.QuantizedDTypePolicy(mode, "float32").scaling == scaling
+
+
 def test_modes_lists_every_variant_once():
     assert [mode.name for mode in mp.modes()] == [
         *("int8", "int8_static", "int8_weight_only", "int8_delayed"),
