@@ -99,7 +99,7 @@ def split_batch(batch: Any, microbatches: int) -> Any:
     """Arrays of shape [B, ...] as [microbatches, B / microbatches, ...].
 
     Raises:
-      ValueError: an array has no leading axis, or one that is not a multiple.
+      ValueError: there is no array, or one has no leading axis, or one that is not a multiple.
     """
 
     def split(path: Any, x: Any) -> Any:
@@ -112,6 +112,8 @@ def split_batch(batch: Any, microbatches: int) -> Any:
             )
         return jnp.reshape(x, (microbatches, shape[0] // microbatches, *shape[1:]))
 
+    if not jax.tree.leaves(batch):
+        raise ValueError(f"`batch` holds no array to take microbatches of: {batch!r}")
     return jax.tree.map_with_path(split, batch)
 
 

@@ -190,6 +190,11 @@ def check_variables(variables: Any) -> None:
 
 
 def _check_loss(loss: Any) -> Array:
+    if isinstance(loss, tuple | list | dict) or loss is None:
+        raise TypeError(
+            f"the loss function must return a floating scalar, but it returned a "
+            f"{type(loss).__name__}; for (loss, aux), give has_aux=True"
+        )
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise TypeError(
             "the loss function must return a floating scalar, but it returned "

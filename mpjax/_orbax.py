@@ -27,13 +27,16 @@ def orbax() -> Any:
 
 
 def local(directory: str | Path) -> Path:
-    """The absolute path of a directory; raises ValueError for a URL."""
+    """The absolute path of a directory; raises ValueError for a URL, and an error for a file."""
     if "://" in str(directory):
         raise ValueError(
             f"`directory` is the URL {directory}, but checkpoints are written to file systems: "
             "mount the bucket and give the path"
         )
-    return Path(directory).absolute()
+    path = Path(directory).absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"`directory` {path} is a file: give a folder for checkpoints")
+    return path
 
 
 def steps(directory: Path) -> list[int]:

@@ -232,7 +232,15 @@ def observe_scaling(tree: Any, observed: Any) -> Any:
 
     Returns:
       The tree with states that have observed more.
+
+    Raises:
+      TypeError: `observed` holds states.
     """
+    if any(map(is_state, jax.tree.leaves(observed, is_leaf=is_state))):
+        raise TypeError(
+            "`observed` holds scaling states, but should hold amaxes, such as Gradients.observed: "
+            "the states come first, observe_scaling(variables['scaling'], grads.observed)"
+        )
     return map_states(observe, tree, observed)
 
 

@@ -10,12 +10,14 @@ import optax
 from jaxtyping import Array, Int32
 
 from ._accumulate import accumulate_gradients
+from ._adapters import POLICY
 from ._gradients import Gradients, check_variables, value_and_grad
 from ._guarded_update import guarded_update
 from ._loss_scale import LossScale, training_loss_scale
 from ._loss_scale_state import LossScaleState, widen_float16
 from ._loss_scaled import is_loss_scaled, split_loss_scaled
 from ._scaling import observe_scaling, update_scaling
+from ._serialize import get_policy
 
 
 @jax.tree_util.register_dataclass
@@ -71,13 +73,16 @@ class TrainState:
           tx: any optax optimizer or chain. It sees unscaled gradients of the parameters only. An
             `mp.loss_scaled` one is not wrapped twice: its loss scale takes the policy's place.
           policy: the model's `policy`, for the loss scale: that of the outermost policy, or of a
-            map's default. None, and a policy without, scale nothing.
+            map's default. Anything `get_policy` takes; None is that of the wrapped model whose
+            `apply` was given. For no loss scale in spite of it, give `mp.loss_scaled(tx, None)`.
 
         Raises:
           TypeError: `variables` or `tx` is something else.
-          ValueError: a parameter is quantized, or `mp.loss_scaled` is somewhere inside of `tx`.
+          ValueError: `policy` names none, a parameter is quantized, or `mp.loss_scaled` is
+            somewhere inside of `tx`.
         """
         check_variables(variables)
+        policy = _policy_of(apply_fn) if policy is None else get_policy(policy)
         tx, loss_scale = unwrapped(tx, policy)
         opt_state = tx.init(widen_float16(variables["params"]))
         check_opt_state(opt_state)
@@ -143,8 +148,10 @@ class TrainState:
 
         Raises:
           TypeError: `grads` are not `Gradients`, or `collections` holds `params` or `scaling`.
+          ValueError: the gradients are those of other parameters.
         """
         check_gradients(grads)
+        check_same_tree(grads.params, self.params)
         _check_collections(collections)
         finite = grads.finite
         params = widen_float16(self.params)
@@ -231,6 +238,26 @@ def check_gradients(grads: Any) -> None:
             "`grads` must be the mp.Gradients that value_and_grad returned; for other gradients of "
             f"the parameters, write grads.replace(params=...). Got {type(grads).__name__}"
         )
+
+
+def check_same_tree(grads: Any, params: Any) -> None:
+    """Raises ValueError for gradients of other parameters than these."""
+    found, expected = ({*map(_name, jax.tree.leaves_with_path(tree))} for tree in (grads, params))
+    if found != expected:
+        raise ValueError(
+            "the gradients are not those of these parameters: "
+            f"{sorted(found - expected)[:5]} are no parameters, {sorted(expected - found)[:5]} "
+            "have no gradient. Give what value_and_grad returned at this state"
+        )
+
+
+def _name(item: tuple[Any, Any]) -> str:
+    return jax.tree_util.keystr(item[0])
+
+
+def _policy_of(apply_fn: Any) -> Any:
+    """The policy of the wrapped model that a bound `apply` belongs to, or None."""
+    return getattr(type(getattr(apply_fn, "__self__", None)), POLICY, None)
 
 
 def _check_collections(collections: Any) -> None:

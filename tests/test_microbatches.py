@@ -17,7 +17,7 @@ import mpjax as mp
 
 models = importlib.import_module("examples.byte_lm_models")
 MODEL = mp.wrap(
-    models.ByteLM(models.Shape(context=8, width=32, depth=2, heads=2)), "float8_from_float32"
+    models.ByteLM(models.Shape(context=8, width=32, depth=1, heads=2)), "float8_from_float32"
 )
 BATCHES = jax.random.randint(jax.random.key(0), (4, 16, 9), 0, 256)
 

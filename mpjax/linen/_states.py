@@ -70,8 +70,8 @@ class LayerStates:
             )
         raise ValueError(
             f"layer '{path}' keeps scaling state ({scaling}), but the variables have none for it: "
-            "pass all that `init` returned, {'params': ..., 'scaling': ...}, and lift the "
-            "collection 'scaling' where nn.scan or nn.vmap lift 'params'. For weights that were "
+            "pass all that `init` returned, {'params': ..., 'scaling': ...}. Where nn.scan or "
+            "nn.vmap lift 'params', lift the collection 'scaling' too. For weights that were "
             "trained without, mp.init_scaling(model, variables, x) adds it"
         )
 
