@@ -104,7 +104,10 @@ def named(states: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("how", ["jit", "shard_map", "shard_map without check_vma"])
+UNCHECKED = pytest.param("shard_map without check_vma", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", ["jit", "shard_map", UNCHECKED])
 def test_every_device_holds_the_state_of_a_single_one(single, how):
     state, states = parallel(how)
     expected_state, expected = single

@@ -133,7 +133,9 @@ def trained(loop):
     return loop
 
 
-@pytest.mark.parametrize("tx, last", [("static", 2.0**15), ("growing", 128)])
+@pytest.mark.parametrize(
+    "tx, last", [pytest.param("static", 2.0**15, marks=pytest.mark.slow), ("growing", 128)]
+)
 def test_a_loss_scale_changes_no_bit(api, unscaled, tx, last):
     """Powers of two: amaxes, scales, 8-bit values and weights are those of a loss scale of 1."""
     loop = trained(mlp(api, {"static": mp.loss_scaled(SGD, 2.0**15), "growing": GROWING}[tx]))

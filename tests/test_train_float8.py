@@ -109,6 +109,7 @@ def kill_in_training(folder: Path, *arguments: str, **environment: str) -> None:
     assert not (folder / FLOAT8 / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_ends_with_the_same_weights(finished, tmp_path, fast):
     kill_in_training(tmp_path, *TINY, **fast)
     run(tmp_path, "--resume", **fast)
