@@ -34,6 +34,7 @@ try:
         remarks,
         targets,
         tree_bytes,
+        verdict,
         write_figure,
     )
     from rich.console import Console
@@ -79,7 +80,7 @@ def main() -> int:
     if interrupted:
         return 130
     claimed = not options.quick and settings.steps >= Settings.steps
-    return 0 if not claimed or verdict(console, result) else 1
+    return 0 if not claimed or verdict(console, targets(result)) else 1
 
 
 def parse_options() -> tuple[argparse.Namespace, Settings]:
@@ -207,14 +208,6 @@ def report(console: Console, result: Result, sample: bytes, path: Path) -> None:
     if any(row.losses for row in result.rows.values()):
         write_figure(result, path)
         console.print(f"Loss curves: {path}", highlight=False)
-
-
-def verdict(console: Console, result: Result) -> bool:
-    """Prints whether each target was reached; returns whether all were."""
-    checks = targets(result)
-    for text, reached in checks:
-        console.print(f"{'reached' if reached else 'MISSED '}  {text}", highlight=False)
-    return all(reached for _, reached in checks)
 
 
 if __name__ == "__main__":

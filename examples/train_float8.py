@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 try:
+    from byte_lm_report import verdict
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from train_float8_report import Outcome, make_table, remarks, targets, write_figure
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     report(console, outcomes, options.output / "train_float8.png")
     console.print(f"{time.perf_counter() - started:.0f} seconds, compilation included.")
-    return 0 if plan.quick or verdict(console, outcomes) else 1
+    return 0 if plan.quick or verdict(console, targets(outcomes)) else 1
 
 
 def run_all(
@@ -95,14 +96,6 @@ def report(console: Console, outcomes: dict[str, Outcome], path: Path) -> None:
         console.print(line, highlight=False)
     write_figure(outcomes, path)
     console.print(f"Loss curves: {path}", highlight=False)
-
-
-def verdict(console: Console, outcomes: dict[str, Outcome]) -> bool:
-    """Prints whether each policy is within 1% of mixed_bfloat16; returns whether all are."""
-    checks = targets(outcomes)
-    for text, reached in checks:
-        console.print(f"{'reached' if reached else 'MISSED '}  {text}", highlight=False)
-    return all(reached for _, reached in checks)
 
 
 if __name__ == "__main__":

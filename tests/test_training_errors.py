@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import mpjax as mp
 
@@ -39,6 +40,16 @@ def test_the_loss_scale_is_that_of_the_wrapped_model_unless_another_is_given():
 def test_what_a_train_state_cannot_be_made_of(options, error, message):
     with pytest.raises(error, match=message):
         created(**options)
+
+
+def test_a_loss_scale_inside_a_chain_would_divide_twice():
+    inside = optax.chain(optax.clip(1.0), mp.loss_scaled(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match="a part of `tx` is an mp.loss_scaled optimizer"):
+        created(tx=inside)
+    model = mp.wrap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "mixed_float16")
+    with pytest.raises(ValueError, match="a part of `tx` is an mp.loss_scaled optimizer"):
+        mp.nnx.Optimizer(model, inside, wrt=nnx.Param)
+    assert not hasattr(model, "loss_scale")
 
 
 @pytest.mark.parametrize(

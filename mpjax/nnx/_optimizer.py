@@ -13,7 +13,14 @@ from .._gradients import Gradients
 from .._guarded_update import guarded_update
 from .._loss_scale import NoLossScale
 from .._loss_scale_state import widen_float16
-from .._train_state import applied, check_gradients, next_scaling, select, unwrapped
+from .._train_state import (
+    applied,
+    check_gradients,
+    check_opt_state,
+    next_scaling,
+    select,
+    unwrapped,
+)
 from ._states import LOSS_SCALE, LossScale, Scaling
 
 
@@ -46,13 +53,14 @@ class Optimizer(nnx.Optimizer):
 
     Raises:
       TypeError: `tx` is not an optimizer of optax.
-      ValueError: the model has an attribute `loss_scale` of another meaning.
+      ValueError: the model has an attribute `loss_scale` of another meaning, or `mp.loss_scaled` is
+        somewhere inside of `tx`.
     """
 
     def __init__(self, model: nnx.Module, tx: Any, *, wrt: Any, **kwargs: Any):
         tx, loss_scale = unwrapped(tx, getattr(type(model), ROOT, None))
-        _attach(model, loss_scale)
-        super().__init__(model, tx._replace(init=_WideningInit(tx)), wrt=wrt, **kwargs)
+        super().__init__(model, tx._replace(init=_CheckedInit(tx)), wrt=wrt, **kwargs)
+        _attach(model, loss_scale)  # last, so that an optimizer that fails leaves the model alone
         self.skipped_steps = type(self.step)(jnp.zeros((), jnp.int32))
 
     def update(self, model: nnx.Module, grads: Gradients, /, **kwargs: Any) -> Any:
@@ -97,7 +105,7 @@ class Optimizer(nnx.Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class _WideningInit:
+class _CheckedInit:
     """`tx.init` with float16 parameters as float32, the dtype of their gradients.
 
     A class, so that two optimizers made of one `tx` are equal: `nnx.jit` compiles once for both.
@@ -106,7 +114,9 @@ class _WideningInit:
     tx: optax.GradientTransformation
 
     def __call__(self, params: Any) -> Any:
-        return self.tx.init(widen_float16(params))
+        opt_state = self.tx.init(widen_float16(params))
+        check_opt_state(opt_state)
+        return opt_state
 
 
 def _attach(model: Any, loss_scale: Any) -> None:
