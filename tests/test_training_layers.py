@@ -135,3 +135,30 @@ def test_products_of_a_float8_step_take_float8_operands():
     # Of the input of the first layer no gradient is asked.
     expected = [(e4m3, e4m3)] * 2 + [(e4m3, e5m2)] * 2 + [(e5m2, e4m3)]
     assert operands_on_gpu(lambda v: gradients(model, v), variables) == sorted(expected)
+
+
+def test_the_products_inside_attention_are_quantized_by_choice():
+    variables, _ = in_float32("attention")
+
+    def trained(**options: Any) -> tuple[Any, Any, Any]:
+        policy = mp.QuantizedFloat8DTypePolicy("float8", "mixed_bfloat16", 4, **options)
+        model = mp.wrap(LAYERS["attention"](), policy)
+        own = mp.init_scaling(model, variables, ROWS)
+        loss, grads = gradients(model, own)
+        return policy, loss, grads.observed
+
+    (_, plain, states), (policy, loss, observed) = trained(), trained(quantize_attention=True)
+    products = {f"{p}_{o}" for p in ("scores", "output") for o in STATES["float8"]}
+    assert set(observed) - set(states) == products
+    assert all(observed[name] > 0 for name in products)
+    assert loss != plain and abs(loss - plain) < BOUNDS["float8"] * plain
+
+    model = nnx.eval_shape(lambda: NNX_LAYERS["attention"](nnx.Rngs(0)))
+    params = nnx.state(model, nnx.Param)
+    nnx.replace_by_pure_dict(params, variables["params"])
+    nnx.update(model, params)
+    model = mp.wrap(model, policy)
+    found, grads = nnx.jit(mp.nnx.value_and_grad(lambda m, x: loss_of(m(x))))(model, ROWS)
+    assert found == loss
+    for name in products:
+        assert grads.observed["scaling"][name].get_value() == observed[name]
