@@ -216,7 +216,7 @@ def check_loss_scale(loss_scale: Any) -> LossScaleState:
 
 
 def _units(state: ScalingState, loss_scale: LossScaleState) -> Array:
-    return loss_scale.scale if state.of_gradient else jnp.ones((), jnp.float32)
+    return loss_scale.multiplier if state.of_gradient else jnp.ones((), jnp.float32)
 
 
 def _is_traced(*trees: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float32
 
 from ._loss_scale_state import LossScaleState
 
@@ -102,6 +102,10 @@ class DynamicLossScale:
             config=self,
         )
 
+    def multiplier(self, state: LossScaleState) -> Float32[Array, ""]:
+        """Returns what the loss is multiplied by, and the gradients are divided by."""
+        return state.scale
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as a JSON-serializable dict."""
         return dataclasses.asdict(self)
@@ -141,6 +145,10 @@ class StaticLossScale:
         del finite
         return state
 
+    def multiplier(self, state: LossScaleState) -> Float32[Array, ""]:
+        """Returns what the loss is multiplied by, and the gradients are divided by."""
+        return state.scale
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as a JSON-serializable dict."""
         return dataclasses.asdict(self)
@@ -168,6 +176,11 @@ class NoLossScale:
         """Returns `state`: the scale does not move."""
         del finite
         return state
+
+    def multiplier(self, state: LossScaleState) -> Float32[Array, ""]:
+        """Returns 1 as a constant, so that XLA neither multiplies nor divides."""
+        del state
+        return jnp.ones((), jnp.float32)
 
     def get_config(self) -> dict[str, Any]:
         """Returns an empty dict: there is nothing to choose."""

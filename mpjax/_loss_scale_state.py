@@ -8,11 +8,11 @@ state            = state.update(all_finite(gradients))  scale that unscales the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class LossScaleState:
     finite_steps: Int32[Array, ""]
     config: LossScale = dataclasses.field(metadata={"static": True})
 
+    @property
+    def multiplier(self) -> Float32[Array, ""]:
+        """`scale`, or the constant 1 where the rule scales nothing: no work for the compiler."""
+        return self.config.multiplier(self)
+
     def scale_loss(self, loss: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Returns `loss * scale`, in float32 if `loss` is float16 or bfloat16.
 
@@ -56,7 +61,7 @@ class LossScaleState:
             )
         if loss.dtype in _HALF:
             loss = loss.astype(jnp.float32)
-        return loss * self.scale.astype(loss.dtype)
+        return loss * self.multiplier.astype(loss.dtype)
 
     def unscale(self, tree: Any) -> Any:
         """Returns `tree` with its floating and complex leaves divided by `scale`.
@@ -78,8 +83,8 @@ class LossScaleState:
             return x
         x = widen_float16(jnp.asarray(x))
         if x.dtype == jnp.bfloat16:
-            return (x.astype(jnp.float32) / self.scale).astype(jnp.bfloat16)
-        return x / self.scale.astype(x.dtype)
+            return (x.astype(jnp.float32) / self.multiplier).astype(jnp.bfloat16)
+        return x / self.multiplier.astype(x.dtype)
 
 
 def widen_float16(tree: Any) -> Any:
@@ -104,15 +109,20 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
         bool[].
     """
     magnitudes = [_magnitude(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
-    # One maximum and then one test: XLA computes all of this again wherever a step asks.
-    return jnp.isfinite(functools.reduce(jnp.maximum, magnitudes, jnp.zeros((), jnp.float32)))
+    if not magnitudes:
+        return jnp.ones((), jnp.bool_)
+    # Written to memory, or XLA computes a maximum of all leaves in every loop that asks: for a
+    # thousand leaves a million operations to compile.
+    found = with_layout_constraint(jnp.stack(magnitudes), Layout((0,)))
+    return jnp.isfinite(jnp.max(found))
 
 
 def _magnitude(x: Any) -> Float32[Array, ""]:
     """The largest |x|, or what is Inf or NaN in its place where an entry is."""
     if not jnp.iscomplexobj(x) and jnp.result_type(x) != jnp.float64:
         # A maximum is NaN where an entry is, and one pass over x; `all` makes an array of booleans.
-        return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+        initial = None if jnp.size(x) else 0  # XLA computes one more maximum with it
+        return jnp.max(jnp.abs(x), initial=initial).astype(jnp.float32)
     # Beyond what float32 holds is not Inf; nor is an entry of which only the magnitude overflows.
     return jnp.where(jnp.all(jnp.isfinite(x)), 0, jnp.nan).astype(jnp.float32)
 

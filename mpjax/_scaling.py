@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 import mpjax_kernels as mk
 
@@ -173,13 +173,14 @@ def observe(state: ScalingState, amax: Float[Array, "*layers"]) -> ScalingState:
 
 
 @jax.jit
-def update(state: ScalingState) -> ScalingState:
+def update(state: ScalingState, when: Bool[Array, ""] | bool = True) -> ScalingState:
     """The state of the next step: what was observed enters the history, and the scale follows.
 
-    What was observed as 0 or as not finite changes neither.
+    What was observed as 0 or as not finite changes neither. Where there is no step, as `when`
+    says, nothing changes.
     """
     recipe, observed = state.recipe, state.observed
-    seen = jnp.isfinite(observed) & (observed > 0)
+    seen = jnp.isfinite(observed) & (observed > 0) & when
     if isinstance(recipe, StaticScaling):
         history, amax = state.amax_history, observed
         seen &= state.scale == 0
@@ -194,7 +195,7 @@ def update(state: ScalingState) -> ScalingState:
         state,
         amax_history=history,
         scale=jnp.where(seen, scale, state.scale),
-        observed=jnp.zeros_like(observed),
+        observed=jnp.where(when, 0, observed),
     )
 
 
@@ -207,7 +208,7 @@ def scale_from(
     return jnp.clip(scale, limits.tiny, limits.max / largest / 2)
 
 
-def update_scaling(tree: Any) -> Any:
+def update_scaling(tree: Any, *, when: Bool[Array, ""] | bool = True) -> Any:
     """Updates every `ScalingState` in a tree; the rest of it stays as it is.
 
     For loops without `TrainState`, once per optimizer step: `variables = update_scaling(variables)`
@@ -216,11 +217,12 @@ def update_scaling(tree: Any) -> Any:
 
     Args:
       tree: any pytree, such as Linen's variables or the collection `scaling`.
+      when: bool[], whether there is a step: False changes nothing.
 
     Returns:
       A tree of the same structure.
     """
-    return map_states(update, tree)
+    return map_states(lambda state: update(state, when), tree)
 
 
 def observe_scaling(tree: Any, observed: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from ._accumulate import accumulate_gradients
 from ._adapters import POLICY
@@ -158,18 +158,18 @@ class TrainState:
         updates, opt_state = guarded_update(
             self.tx, finite, grads.params, self.opt_state, params, **extra_args
         )
-        others = {**self.variables, **(collections or {})}
-        others["params"] = jax.tree.map(applied, self.params, updates)
+        moved = {"params": jax.tree.map(applied, self.params, updates), **(collections or {})}
+        old = {name: self.variables.get(name, new) for name, new in moved.items()}
+        variables = {**self.variables, **select(finite, moved, old)}
         if "scaling" in self.variables:
-            others["scaling"] = next_scaling(
-                self.scaling, grads.observed, self.opt_state, opt_state
+            variables["scaling"] = next_scaling(
+                self.scaling, grads.observed, finite, self.opt_state, opt_state
             )
-        kept = select(finite, others, {**others, **self.variables})
         return dataclasses.replace(
             self,
             step=self.step + jnp.where(finite, 1, 0),
             skipped_steps=self.skipped_steps + jnp.where(finite, 0, 1),
-            variables=kept,
+            variables=variables,
             opt_state=opt_state,
             loss_scale=self.loss_scale.update(finite),
         )
@@ -205,14 +205,18 @@ def check_opt_state(opt_state: Any) -> None:
         )
 
 
-def next_scaling(scaling: Any, observed: Any, opt_state: Any, new_opt_state: Any) -> Any:
-    """Scaling states after an optimizer step; between those of `MultiSteps` they only observe."""
-    states = observe_scaling(scaling, observed)
+def next_scaling(
+    scaling: Any, observed: Any, finite: Bool[Array, ""], opt_state: Any, new_opt_state: Any
+) -> Any:
+    """Scaling states after a step: the same if it is not finite, bit for bit.
+
+    Between the steps of `MultiSteps` they only observe.
+    """
+    amaxes = jax.tree.map(lambda amax: jnp.where(finite, amax, 0), observed)
     before, after = (_gradient_steps(each) for each in (opt_state, new_opt_state))
-    if not before:
-        return update_scaling(states)
-    moved = jnp.any(jnp.stack([a != b for a, b in zip(after, before, strict=True)]))
-    return select(moved, update_scaling(states), states)
+    steps = [a != b for a, b in zip(after, before, strict=True)]
+    moved = finite & jnp.any(jnp.stack(steps)) if steps else finite
+    return update_scaling(observe_scaling(scaling, amaxes), when=moved)
 
 
 def _gradient_steps(opt_state: Any) -> list[Any]:

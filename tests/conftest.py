@@ -1,6 +1,7 @@
 """Shared fixtures. JAX reads XLA_FLAGS once, so they are set before it is imported."""
 
 import os
+import tempfile
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -10,6 +11,12 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 import mpjax as mp  # noqa: E402
+
+# Many tests compile programs alike, in functions of their own: each process compiles one once.
+_COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

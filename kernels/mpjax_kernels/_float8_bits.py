@@ -50,7 +50,7 @@ def _to_float8(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*sha
     normal = rounded - _i32(exponent << mantissa)
     is_normal = magnitude >= _i32((exponent + 1) << 23)
     sign = (bits >> _i32(24)) & _i32(0x80)
-    result = (jnp.where(is_normal, normal, subnormal) | sign) & _i32(0xFF)
+    result = (jax.lax.select(is_normal, normal, subnormal) | sign) & _i32(0xFF)
     values = jax.lax.bitcast_convert_type(result.astype(jnp.uint8), format.dtype)
     return in_memory(values)
 
@@ -80,12 +80,13 @@ def _from_e4m3(bits: Int8[Array, "*shape"]) -> Float[Array, "*shape"]:
     magnitude, sign = wide & _i16(0x7F), wide & _i16(-0x8000)
     normal = (magnitude << 4) + _exponent(127 - 7)
     # The leading bit of `magnitude << (7 - p)` is bit 7, and adds one to the exponent.
-    subnormal = jnp.where(
+    select = jax.lax.select
+    subnormal = select(
         magnitude >= 4,
         (magnitude << 5) + _exponent(127 - 9 + 2 - 1),
-        jnp.where(magnitude >= 2, (magnitude << 6) + _exponent(127 - 9 + 1 - 1), _one(magnitude)),
+        select(magnitude >= 2, (magnitude << 6) + _exponent(127 - 9 + 1 - 1), _one(magnitude)),
     )
-    result = jnp.where(magnitude >= 8, normal, subnormal)
+    result = select(magnitude >= 8, normal, subnormal)
     return jax.lax.bitcast_convert_type(result | sign, jnp.bfloat16)
 
 

@@ -1,6 +1,6 @@
 """An operand of a differentiable product: quantized as its `OperandFormat` says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import jax
@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, UInt8
 
+from ._cpu_memory import once
 from ._dot_formats import OperandFormat
 from ._formats import get_format
 from ._granularity import granularity_of
 from ._probe import over_shared
 from ._qtensor import QTensor
-from ._quantize import known_scale, quantize, quantize_by
+from ._quantize import known_scale, largest, quantize, quantize_by
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,34 @@ def quantize_operand(
     axes: Axes,
     scale: Float[Array, "..."] | None,
     key: Array | None,
-) -> Array | QTensor:
+) -> tuple[Array | QTensor, Float[Array, "..."] | None]:
     """Quantizes by the scale given, or one from the amax of each part that shares it.
 
     An operand without a format stays as it is.
+
+    Returns:
+        The operand, and the amax of each part that shares a scale, or None if it was not
+        quantized: of the shape of `scale`, or of the scale that was found.
 
     Raises:
         ValueError: If a block does not divide an axis, or the shape of `scale` does not fit.
     """
     if how is None:
-        return x
+        return x, None
     key = key if how.stochastic else None
     if scale is not None:
         # What is not known yet is found in all that shares the scale, on other devices too.
         known, format = known_scale(scale, x.shape), get_format(how.format)
-        return quantize_by(x, format, known, key, over=over_shared)
+        q, amax = quantize_by(x, format, known, key, over=over_shared)
+        return q, amax.reshape(jnp.shape(scale))
+    q = _quantize_current(x, how, axes, key)
+    q = replace(q, scale=once(q.scale))
+    return q, _amax(x, q.scale.shape)
+
+
+def _quantize_current(
+    x: Float[Array, "*shape"], how: OperandFormat, axes: Axes, key: Array | None
+) -> QTensor:
     if how.granularity == "tensor":
         return quantize(x, how.format, key=key)
     if how.granularity == "channel":
@@ -55,23 +69,10 @@ def quantize_operand(
     return quantize(x, how.format, axis=tuple(blocks), group_size=groups, key=key)
 
 
-def amax_of(
-    x: Float[Array, "*shape"], scale: Float[Array, "..."] | None, q: Array | QTensor
-) -> Float[Array, "..."] | None:
-    """The largest `|x|` of each part that shares a scale, or None if `x` was not quantized.
-
-    It has the shape of `scale`, the one that was given, or of the one that was found.
-    """
-    if not isinstance(q, QTensor):
-        return None
-    like = q.scale if scale is None else known_scale(scale, x.shape)
-    return _amax(x, like.shape).reshape(like.shape if scale is None else jnp.shape(scale))
-
-
 def _amax(x: Float[Array, "*shape"], scales: tuple[int, ...]) -> Float[Array, "*scales"]:
     blocks = granularity_of(x.shape, scales)
-    split = jnp.abs(x.astype(jnp.float32).reshape(blocks.split))
-    return jnp.max(split, axis=blocks.reduced, initial=0.0).reshape(scales)
+    split = x.astype(jnp.float32).reshape(blocks.split)
+    return largest(split, blocks.reduced).reshape(scales)
 
 
 def pack_unclipped(x: Float[Array, "*shape"], q: QTensor) -> UInt8[Array, " bytes"]:

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
 from . import _float8_bits
+from ._cpu_memory import once
 from ._derivative import without_derivative
 from ._formats import Format, FormatLike, get_format
 from ._granularity import Granularity, GroupSize, granularity, granularity_of
@@ -118,7 +119,7 @@ def quantize(
                 "`scale` says by its shape which entries share one: "
                 "give neither `axis` nor `group_size` nor `symmetric=False` beside it"
             )
-        return quantize_by(array, target, known_scale(scale, array.shape), key)
+        return quantize_by(array, target, known_scale(scale, array.shape), key)[0]
     values, found, *zero_point = parts
     return QTensor(values, found, np.dtype(array.dtype), *zero_point)
 
@@ -129,14 +130,15 @@ def quantize_by(
     scale: Float[Array, "*scales"],
     key: Array | None = None,
     over: Callable[[Array, Array], Array] = lambda amax, scale: amax,
-) -> QTensor:
+) -> tuple[QTensor, Float[Array, "*scales"]]:
     """Quantizes by a scale from `known_scale`, of which an entry of 0 is not known yet.
 
-    `over(amax, scale)` makes of the amaxes of `x` those of all that shares the scale.
+    `over(amax, scale)` makes of the amaxes of `x` those of all that shares the scale. Returns the
+    amaxes of `x` too.
     """
     compute = partial(_quantize_by, target=format, over=over)
-    values, found = without_derivative(compute, _NO_DERIVATIVE)(x, scale, key)
-    return QTensor(values, found, np.dtype(x.dtype))
+    values, found, amax = without_derivative(compute, _NO_DERIVATIVE)(x, scale, key)
+    return QTensor(values, found, np.dtype(x.dtype)), amax
 
 
 def known_scale(
@@ -183,7 +185,7 @@ def _quantize(
     x: Float[Array, "*shape"], key: Array | None, target: Format, blocks: Granularity
 ) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
     split = x.astype(jnp.float32).reshape(blocks.split)
-    amax = jnp.max(jnp.abs(split), axis=blocks.reduced, keepdims=True, initial=0.0)
+    amax = largest(split, blocks.reduced, keepdims=True)
     scale = scale_of(amax, target)
     # The cast of a NaN is not the same in every format and on every platform; the scale carries it.
     ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
@@ -197,17 +199,17 @@ def _quantize_by(
     key: Array | None,
     target: Format,
     over: Callable[[Array, Array], Array],
-) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
+) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"], Float[Array, "*scales"]]:
     blocks = granularity_of(x.shape, scale.shape)
     split = x.astype(jnp.float32).reshape(blocks.split)
-    amax = jnp.max(jnp.abs(split), axis=blocks.reduced, initial=0.0)
-    amax = over(amax.reshape(scale.shape), scale)
-    usable = (scale >= 0) & jnp.isfinite(amax)
-    scale = jnp.where(scale == 0, scale_of(amax, target), jnp.maximum(scale, _FLOAT32.tiny))
-    scale = jnp.where(usable, scale, jnp.nan)
-    kept = scale.reshape([1 if a in blocks.reduced else n for a, n in enumerate(blocks.split)])
+    amax = largest(split, blocks.reduced).reshape(scale.shape)
+    shared = over(amax, scale)
+    known = jnp.where(scale == 0, _finite_scale(shared, target), jnp.maximum(scale, _FLOAT32.tiny))
+    known = once(jnp.where((scale >= 0) & jnp.isfinite(shared), known, jnp.nan))
+    kept = known.reshape([1 if a in blocks.reduced else n for a, n in enumerate(blocks.split)])
     ratio = jnp.where(jnp.isfinite(kept), split / kept, 0.0)
-    return round_to(ratio, target, key, cast=_float8_bits.cast).reshape(x.shape), scale
+    values = round_to(ratio, target, key, cast=_float8_bits.cast)
+    return values.reshape(x.shape), known, amax
 
 
 def _quantize_asymmetric(
@@ -238,10 +240,22 @@ def _quantize_asymmetric(
     )
 
 
+def largest(
+    x: Float[Array, "*shape"], axis: tuple[int, ...], *, keepdims: bool = False
+) -> Float[Array, "..."]:
+    """The largest `|x|` along axes; 0 where there is no entry."""
+    # A maximum has no first value to start from that costs nothing: XLA computes one more maximum.
+    initial = None if x.size else 0.0
+    return jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=initial)
+
+
 def scale_of(amax: Float[Array, "*scales"], target: Format) -> Float[Array, "*scales"]:
-    """The float32 scale of entries whose largest magnitude is `amax`."""
+    """The float32 scale of entries whose largest magnitude is `amax`; NaN if that is not finite."""
+    return jnp.where(jnp.isfinite(amax), _finite_scale(amax, target), jnp.nan)
+
+
+def _finite_scale(amax: Float[Array, "*scales"], target: Format) -> Float[Array, "*scales"]:
     # Rounded up, the scale of the largest float32s would bring `max * scale` to infinity.
     largest = np.nextafter(np.float32(_FLOAT32.max / target.max), np.float32(0))
     scale = jnp.clip(amax / target.max, _FLOAT32.tiny, largest)
-    scale = jnp.where(amax == 0, 1.0, scale)
-    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+    return jnp.where(amax == 0, 1.0, scale)

@@ -31,7 +31,7 @@ from ._arguments import result_dtype
 from ._dot_formats import DotFormats, Resolved
 from ._dot_scales import DotScales, observed
 from ._implementation import Operand
-from ._operand import Axes, amax_of, quantize_operand
+from ._operand import Axes, quantize_operand
 from ._qtensor import QTensor, describe
 from ._residual import fold, requantize, save
 from ._varying import vary_like
@@ -168,11 +168,10 @@ _product.defvjp(_forward, _backward)
 @partial(jax.jit, static_argnums=0)
 def _multiply(how: _How, lhs, rhs, scales: DotScales, keys):
     lhs_axes, rhs_axes = how.products.out_axes
-    left = quantize_operand(lhs, how.out[0], lhs_axes, scales.lhs, keys["lhs"])
-    right = quantize_operand(rhs, how.out[1], rhs_axes, scales.rhs, keys["rhs"])
+    left, amax_lhs = quantize_operand(lhs, how.out[0], lhs_axes, scales.lhs, keys["lhs"])
+    right, amax_rhs = quantize_operand(rhs, how.out[1], rhs_axes, scales.rhs, keys["rhs"])
     out = how.products.out(left, right, how.dtype)
-    amaxes = DotScales(amax_of(lhs, scales.lhs, left), amax_of(rhs, scales.rhs, right))
-    return out, left, right, amaxes
+    return out, left, right, DotScales(amax_lhs, amax_rhs)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -181,15 +180,13 @@ def _multiply_gradient(how: _How, g, lhs: Operand, rhs: Operand, scales: DotScal
     g_axes, axes = products.dlhs_axes
     rhs = requantize(rhs, how.dlhs[1], axes, g.dtype, keys["saved_rhs"])
     folded, rhs = fold(g, rhs, axes, products.rhs_onto_g, how.dlhs[0])
-    left = quantize_operand(folded, how.dlhs[0], g_axes, scales.dlhs, keys["dlhs"])
-    amax_dlhs = amax_of(folded, scales.dlhs, left)
+    left, amax_dlhs = quantize_operand(folded, how.dlhs[0], g_axes, scales.dlhs, keys["dlhs"])
     grad_lhs = products.dlhs(left, rhs, how.lhs_dtype)
 
     axes, g_axes = products.drhs_axes
     lhs = requantize(lhs, how.drhs[0], axes, g.dtype, keys["saved_lhs"])
     folded, lhs = fold(g, lhs, axes, products.lhs_onto_g, how.drhs[1])
-    right = quantize_operand(folded, how.drhs[1], g_axes, scales.drhs, keys["drhs"])
-    amax_drhs = amax_of(folded, scales.drhs, right)
+    right, amax_drhs = quantize_operand(folded, how.drhs[1], g_axes, scales.drhs, keys["drhs"])
     grad_rhs = products.drhs(lhs, right, how.rhs_dtype)
 
     return grad_lhs, grad_rhs, DotScales(dlhs=amax_dlhs, drhs=amax_drhs)

@@ -46,7 +46,7 @@ def save(
     if isinstance(operand, QTensor):
         unclipped = None if scale is None else pack_unclipped(x, operand)
     else:
-        operand = quantize_operand(x, backward, axes, None, key)
+        operand, _ = quantize_operand(x, backward, axes, None, key)
     return name_saved(Saved(operand, unclipped), CHECKPOINT_NAME)
 
 
@@ -63,7 +63,7 @@ def requantize(
     foldable = all(operand.scale.shape[a] == 1 for a in axes.free)
     if operand.format == how.format and (long or foldable):
         return operand
-    return quantize_operand(dequantize(operand, jnp.float32), how, axes, None, key)
+    return quantize_operand(dequantize(operand, jnp.float32), how, axes, None, key)[0]
 
 
 def fold(

@@ -90,11 +90,9 @@ class Optimizer(nnx.Optimizer):
             **nnx.as_pure(kwargs),
         )
         scaling = nnx.as_pure(nnx.state(model, Scaling))
-        moved = next_scaling(scaling, nnx.as_pure(grads.observed), before, after)
-        new = {"params": jax.tree.map(applied, params, updates), "scaling": moved}
-        new = select(finite, new, {"params": params, "scaling": scaling})
-        nnx.update(model, new["params"])
-        nnx.update(model, new["scaling"])
+        observed = nnx.as_pure(grads.observed)
+        nnx.update(model, next_scaling(scaling, observed, finite, before, after))
+        nnx.update(model, select(finite, jax.tree.map(applied, params, updates), params))
         nnx.update(self.opt_state, nnx.state(after))
         self.step[...] += jnp.where(finite, 1, 0).astype(self.step[...].dtype)
         self.skipped_steps[...] += jnp.where(finite, 0, 1)
