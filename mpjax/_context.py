@@ -22,7 +22,7 @@ class Observation:
 
     Attributes:
       policies: absolute layer path -> the policy that it resolved to, in order of first call.
-      products: absolute layer path -> how the layer's `kernel` entered a quantized product.
+      products: absolute layer path -> how the layer's weight entered a quantized product.
     """
 
     policies: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -31,10 +31,19 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A weight's role in one quantized product: its shape there, and its contracting axes."""
+    """A weight's role in one quantized product.
 
+    Attributes:
+      name: of the parameter.
+      shape: of the weight as the product sees it.
+      contracting: the axes that the product sums over.
+      is_conv: whether the product is a convolution.
+    """
+
+    name: str
     shape: tuple[int, ...]
     contracting: tuple[int, ...]
+    is_conv: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,6 @@ from collections.abc import Sequence
 
 import jax
 
-_AVAILABLE = frozenset(
-    {"int8", "int8_static", "int8_delayed", "float8", "float8_current", "float8/row"}
-)
 # What `scaling=`, the word of the training literature, says of the activations.
 _ACTIVATIONS = {"delayed": "delayed", "current": "dynamic", "static": "static"}
 _GROUPED = {"int4": "int4/<group_size>", "gptq": "gptq/4/<group_size>", "awq": "awq/4/<group_size>"}
@@ -57,7 +54,7 @@ class Mode:
     @property
     def available(self) -> bool:
         """Whether mpjax can run this mode today; the others are parsed, stored and compared."""
-        return self.name in _AVAILABLE
+        return self.method is None
 
 
 _VARIANTS = {

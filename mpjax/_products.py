@@ -8,7 +8,7 @@ A Dense, DenseGeneral, Conv or attention projection computes `y = x @ w`. Under 
   y = (x_q @ w_q) * x_s * w_s     accumulated in int32 or float32; scales after the dot, in float32
 
 The products of a float weight are differentiable (`_recipes.py` says in which formats); those of a
-weight that `mp.quantize` stored in int8 are not.
+weight that `mp.quantize` stored (`_stored.py` says how) are not.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import mpjax_kernels as mk
 from ._context import Product, active
 from ._manual_axes import check_tracked
 from ._scaling import ScalingState
+from ._stored import Stored, runs
 
 Operand = jax.Array | mk.QTensor
 
@@ -61,13 +62,16 @@ class _QuantizedProduct:
 
     Attributes:
       compute_dtype: dtype of the result, unless `preferred_element_type` asks for another.
-      formats: of the product and its derivatives, for a weight that is not quantized yet.
+      formats: of the product and its derivatives, for a weight that is not quantized yet; None
+        multiplies that in the compute dtype.
+      stored: how a weight is stored, and what multiplies it, for one that is.
       states: the scales that are known before.
       path: the layer's path, under which the product is reported to `observe`; None: not reported.
     """
 
     compute_dtype: str
-    formats: mk.DotFormats
+    formats: mk.DotFormats | None
+    stored: Stored
     states: States = Stateless()
     path: str | None = None
 
@@ -88,6 +92,21 @@ class _QuantizedProduct:
         found = {"input": amaxes.lhs, "kernel": amaxes.rhs}
         self.states.observe({name: found[name] for name in states if name in found})
         return out
+
+    def _activation(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array | mk.QTensor:
+        """The other operand of a stored weight: `axes` are those that a row of it has."""
+        how = self.stored.activation
+        if how is None:
+            return x
+        known = self.states.read().get("input")
+        if known is not None:
+            return mk.quantize(x, how.format, scale=known.scale)
+        if how.granularity == "tensor":
+            return mk.quantize(x, how.format)
+        sizes = None
+        if how.granularity != "row":
+            sizes = runs([x.shape[axis] for axis in axes], how.granularity)
+        return mk.quantize(x, how.format, axis=axes, group_size=sizes)
 
     def _result_dtype(self, preferred_element_type: Any) -> Any:
         return jnp.dtype(preferred_element_type or self.compute_dtype)
@@ -125,17 +144,41 @@ class QuantizedDotGeneral(_QuantizedProduct):
         """Same arguments as `jax.lax.dot_general`."""
         _refuse_out_sharding(out_sharding)
         (lhs_axes, rhs_axes), _ = dimension_numbers
-        _observe(self.path, rhs, tuple(rhs_axes))
+        _observe(self.path, Product("kernel", tuple(rhs.shape), tuple(sorted(rhs_axes))))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
         if isinstance(rhs, mk.QTensor):
-            lhs_q = mk.quantize(lhs, "int8", axis=tuple(lhs_axes))
-            return mk.dot_general(
-                lhs_q, rhs, dimension_numbers, implementation=_IN_8_BITS, **options
-            )
+            x = self._activation(lhs, tuple(lhs_axes))
+            return mk.dot_general(x, rhs, dimension_numbers, implementation=_IN_8_BITS, **options)
+        if self.formats is None:
+            return jax.lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, **options)
         return self._trained(mk.quantized_dot_general, lhs, rhs, dimension_numbers, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredEmbedding:
+    """What `nn.Embed` and `nnx.Embed` do with a table that `mp.quantize` stored.
+
+    Attributes:
+      product: of a query and the table; it keeps no state.
+    """
+
+    product: "QuantizedDotGeneral"
+
+    def look_up(self, table: mk.QTensor, rows: jax.Array) -> jax.Array:
+        """The rows of a table [V, D] at integers of any shape, in the compute dtype."""
+        if not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise ValueError(f"an embedding is looked up by integers, got {rows.dtype}")
+        if table.shape[0] == 1:  # as Flax does, whatever the index
+            rows = jnp.zeros_like(rows)
+        return mk.embedding_lookup(table, rows, dtype=self.product.compute_dtype)
+
+    def attend(self, table: mk.QTensor, query: jax.Array) -> jax.Array:
+        """`query @ table.T`, [..., D] by [V, D]."""
+        axes = (((query.ndim - 1,), (1,)), ((), ()))
+        return self.product(jnp.asarray(query, self.product.compute_dtype), table, axes)
 
 
 class QuantizedEinsum(_QuantizedProduct):
@@ -154,14 +197,16 @@ class QuantizedEinsum(_QuantizedProduct):
         """Same arguments as `jnp.einsum` with two operands, the second the kernel."""
         _refuse_out_sharding(out_sharding)
         lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
-        _observe(self.path, rhs, rhs_axes)
+        _observe(self.path, Product("kernel", tuple(rhs.shape), tuple(sorted(rhs_axes))))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
         if isinstance(rhs, mk.QTensor):
-            lhs_q = mk.quantize(lhs, "int8", axis=lhs_axes)
-            return mk.einsum(equation, lhs_q, rhs, implementation=_IN_8_BITS, **options)
+            x = self._activation(lhs, lhs_axes)
+            return mk.einsum(equation, x, rhs, implementation=_IN_8_BITS, **options)
+        if self.formats is None:
+            return jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), **options)
         return self._trained(mk.quantized_einsum, equation, lhs, rhs, **options)
 
 
@@ -171,7 +216,7 @@ class QuantizedConv(_QuantizedProduct):
     def __call__(
         self,
         lhs: jax.Array,
-        rhs: jax.Array,
+        rhs: Operand,
         window_strides: Any,
         padding: Any,
         lhs_dilation: Any = None,
@@ -184,31 +229,41 @@ class QuantizedConv(_QuantizedProduct):
     ) -> jax.Array:
         """Same arguments as `jax.lax.conv_general_dilated`."""
         _refuse_out_sharding(out_sharding)
-        return self._trained(
-            mk.quantized_conv_general_dilated,
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            implementation=_CONV_IN_8_BITS,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            precision=precision,
-            preferred_element_type=self._result_dtype(preferred_element_type),
-        )
+        spec = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        summed = tuple(sorted(spec.rhs_spec[1:]))
+        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, is_conv=True))
+        options = {
+            "lhs_dilation": lhs_dilation,
+            "rhs_dilation": rhs_dilation,
+            "dimension_numbers": dimension_numbers,
+            "feature_group_count": feature_group_count,
+            "precision": precision,
+            "preferred_element_type": self._result_dtype(preferred_element_type),
+        }
+        how = {"implementation": _CONV_IN_8_BITS, **options}
+        if isinstance(rhs, mk.QTensor):
+            x = self._activation(lhs, tuple(sorted(spec.lhs_spec[1:])))
+            return mk.conv_general_dilated(x, rhs, window_strides, padding, **how)
+        if self.formats is None:
+            rhs = rhs.astype(lhs.dtype)
+            return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+        product = mk.quantized_conv_general_dilated
+        return self._trained(product, lhs, rhs, window_strides, padding, **how)
 
 
-def _observe(path: str | None, kernel: Operand, contracting: tuple[int, ...]) -> None:
+def observe_embedding(path: str, shape: tuple[int, ...]) -> None:
+    """Reports the table of a layer, whose rows are output channels in `attend`."""
+    _observe(path, Product("embedding", shape, (1,)))
+
+
+def _observe(path: str | None, product: Product) -> None:
     frame = active.value
     if path is not None and frame is not None and frame.observation is not None:
-        product = Product(tuple(kernel.shape), tuple(sorted(contracting)))
         known = frame.observation.products.setdefault(path, product)
         if known.contracting != product.contracting:
             raise NotImplementedError(
                 f"layer '{path}' contracts its kernel over axes {known.contracting} in one call "
-                f"and over {product.contracting} in another; one int8 weight cannot have a scale "
+                f"and over {product.contracting} in another; one stored weight cannot have a scale "
                 "per output channel for both: give the layer a policy that is not quantized"
             )
 

@@ -1,5 +1,7 @@
-"""`quantize`: float weights in, int8 weights out, for the same wrapped model."""
+"""`quantize`: float weights in, weights of 8 or 4 bits out, for the same wrapped model."""
 
+import functools
+import warnings
 from typing import Any
 
 import jax
@@ -8,21 +10,32 @@ from jax.core import Tracer
 
 import mpjax_kernels as mk
 
-from ._quantized_policy import QuantizedDTypePolicy
+from ._context import Product
+from ._quantization_report import QuantizationReport
+from ._stored import CannotStoreError, Stored, cut
 from ._wrap import policies_of, wrapped_adapter_of
 
 
-def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Turns the weights of a wrapped model's quantized layers into int8.
+def quantize(
+    model: Any, variables: Any = None, *args: Any, return_report: bool = False, **kwargs: Any
+) -> Any:
+    """Turns the weights of a wrapped model's quantized layers into 8 or 4 bits.
 
-    The kernel of every Dense, DenseGeneral, Einsum and attention projection whose policy is
-    quantized becomes a `mpjax_kernels.QTensor` with one float32 scale per output channel,
+    The weight of every Dense, DenseGeneral, Einsum, Conv, Embed and attention projection whose
+    policy is quantized becomes a `mpjax_kernels.QTensor`, and every other weight stays what it is:
 
-        scale = max |w| over the contracting axes / 127,    values = round(w / scale)
+        mode                weight                          the activation it is multiplied by
+        int8                int8, per output channel        int8, per row, at every call
+        int8_static         int8, per output channel        int8, by the scale in `scaling`
+        int8_weight_only    int8, per output channel        in the compute dtype
+        int4/128            int4, per 128 inputs            in the compute dtype
+        float8              E4M3, per tensor                E4M3, by the scale in `scaling`
+        float8_current      E4M3, per tensor                E4M3, per tensor, at every call
+        float8/row          E4M3, per output channel        E4M3, per row, at every call
+        float8/128x128      E4M3, per block of 128 x 128    E4M3, per 128 of a row, at every call
 
-    and every other weight stays what it is. The wrapped model applies the result: activations are
-    quantized per row at each call, products accumulate in int32. No float copy of a quantized
-    weight is kept.
+    (`int8_delayed` as `int8_static`.) The wrapped model applies the result. int8 products
+    accumulate in int32, float8 in float32. No float copy of a quantized weight is kept.
 
     Args:
       model: a wrapped Linen or NNX module, under a policy such as `"int8_from_mixed_bfloat16"`.
@@ -30,37 +43,50 @@ def quantize(model: Any, variables: Any = None, *args: Any, **kwargs: Any) -> An
         NNX: nothing, the model holds its weights.
       *args: Linen: the arguments of one call, `x`. Arrays may be `jax.ShapeDtypeStruct`s: the call
         is traced to meet the layers, never run. NNX: nothing.
+      return_report: whether to return a `QuantizationReport` too, which says of every weight how
+        it is stored, or why it was left. Without it, weights that were left although their policy
+        quantizes them are warned of.
       **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...).
 
     Returns:
-      Linen: new variables of the same structure, with `QTensor`s in place of the kernels.
-      NNX: the same model, its kernels replaced in place.
+      Linen: new variables of the same structure, with `QTensor`s in place of the weights.
+      NNX: the same model, its weights replaced in place.
+      With `return_report=True`, a pair of that and the `QuantizationReport`.
 
     Raises:
       ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
         another model, are quantized already, or hold a NaN or an infinity (named by its path).
       TypeError: `model` is not a Flax module, or arguments are missing.
-      NotImplementedError: a policy has another mode than `"int8"`, or the model uses a kernel in a
-        way that int8 cannot follow, such as a weight normalization of it, or a stack of layers
-        along another axis than the first.
+      NotImplementedError: the model uses a kernel in a way that no stored weight can follow, such
+        as a weight normalization of it, or a stack of layers along another axis than the first.
+
+    Warns:
+      UserWarning: weights were left in their source precision, see `return_report`.
     """
     adapter = wrapped_adapter_of(model)
-    for policy in policies_of(adapter.policy_of(model)):
-        if isinstance(policy, QuantizedDTypePolicy) and policy.mode != "int8":
-            raise NotImplementedError(
-                f"weights are stored in int8 only so far, but a policy of {type(model).__name__} "
-                f"is {policy!r}: it trains (weights are quantized at every call). Wrap the model "
-                "with 'int8_from_mixed_bfloat16' to store them"
-            )
-    return adapter.quantize(model, variables, *args, **kwargs)
+    quantized, report = adapter.quantize(model, variables, *args, **kwargs)
+    if not report.quantized:
+        raise _nothing_to_quantize(report, type(model).__name__, adapter.policy_of(model))
+    if return_report:
+        return quantized, report
+    if report.left:
+        left = "".join(f"\n  {each.path}: {each.reason}" for each in report.left)
+        warnings.warn(
+            f"{len(report.left)} weights of {type(model).__name__} stay in their source precision "
+            f"although their policy quantizes them:{left}\nmp.quantize(..., return_report=True) "
+            "returns this list instead; a policy map can give these layers a float policy",
+            stacklevel=2,
+        )
+    return quantized
 
 
-def nothing_to_quantize(model: str, policy: Any) -> ValueError:
-    """The error for a model in which no layer is both quantizable and under a quantized policy."""
+def _nothing_to_quantize(report: QuantizationReport, model: str, policy: Any) -> ValueError:
     if any(each.quantization_mode is not None for each in policies_of(policy)):
+        reasons = "".join(f"; {each.path}: {each.reason}" for each in report.left)
         return ValueError(
             f"nothing to quantize: the policy of {model}, {policy!r}, reaches no layer that can be "
-            "quantized: a dense layer, an einsum or an attention projection of Flax"
+            "quantized: a dense layer, an einsum, a convolution, an embedding or an attention "
+            f"projection of Flax{reasons}"
         )
     return ValueError(
         f"nothing to quantize: the policy of {model}, {policy!r}, has no quantization mode. Wrap "
@@ -68,26 +94,47 @@ def nothing_to_quantize(model: str, policy: Any) -> ValueError:
     )
 
 
-def quantize_weight(weight: Any, contracting: tuple[int, ...], path: str) -> mk.QTensor:
-    """One float weight as int8, a scale per output channel.
+def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) -> mk.QTensor:
+    """One float weight as its policy stores it.
 
     Args:
-      weight: floating array; leading axes that are not among `contracting` each get their scales,
-        so a stack of layers [layers, K, N] keeps one scale per layer and channel.
-      contracting: axes that the product sums over, counted from the end (negative).
+      weight: floating array; the leading axes that `product` does not see each get their scales,
+        so a stack of layers [layers, K, N] keeps those of every layer.
+      stored: how it is stored.
+      product: how its layer multiplies it.
       path: the weight's name in messages.
 
     Raises:
+      CannotStoreError: the weight cannot be cut as `stored` asks.
       ValueError: the weight is quantized already, or holds a NaN or an infinity.
     """
     if isinstance(weight, mk.QTensor):
         raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
-    if not isinstance(weight, Tracer | jax.ShapeDtypeStruct):
-        finite = jnp.isfinite(weight)
-        if not bool(finite.all()):
-            bad = int(weight.size - finite.sum())
-            raise ValueError(
-                f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
-                "like that cannot be quantized: restore it from a checkpoint before they appeared"
-            )
-    return mk.quantize(jnp.asarray(weight), "int8", axis=contracting)
+    if product.is_conv and stored.granularity not in ("tensor", "channel"):
+        raise CannotStoreError(
+            "the scales of a convolution are one, or one per output feature, not one per group"
+        )
+    axis, group_size = cut(stored, product.shape, product.contracting)
+    array = jnp.asarray(weight)
+    if not isinstance(array, Tracer):
+        _check_finite(array, path)
+    return _stored(array, stored.format, axis, group_size, stored.symmetric)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _stored(weight: Any, format: str, axis: Any, group_size: Any, symmetric: bool) -> mk.QTensor:
+    return mk.quantize(weight, format, axis=axis, group_size=group_size, symmetric=symmetric)
+
+
+def _check_finite(weight: jax.Array, path: str) -> None:
+    bad = int(_non_finite(weight))
+    if bad:
+        raise ValueError(
+            f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
+            "like that cannot be quantized: restore it from a checkpoint before they appeared"
+        )
+
+
+@jax.jit
+def _non_finite(weight: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(weight), dtype=jnp.int32)

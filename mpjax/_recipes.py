@@ -8,6 +8,9 @@ that its three products quantize:
   d input = output_grad, kernel   E5M2 x E4M3                 high precision
   d kernel = input, output_grad   E4M3 x E5M2                 high precision
 
+Modes that quantize weights only, or in blocks, are for inference: their layers multiply float
+weights in the compute dtype.
+
 int8 gradients would lose whatever is below 1/254 of the largest, so they are not rounded.
 """
 
@@ -29,17 +32,18 @@ class Recipe:
     """How the products of a layer are quantized.
 
     Attributes:
-      formats: of the three products.
+      formats: of the three products of a float weight; None leaves them in the compute dtype.
       states: the operands whose scales are states, with the recipe and the format of each.
     """
 
-    formats: mk.DotFormats
+    formats: mk.DotFormats | None
     states: tuple[tuple[str, DelayedScaling | StaticScaling, str], ...]
 
 
 def attention_recipe_of(policy: DTypePolicy) -> Recipe | None:
     """The recipe of the two products inside attention; None where they stay as they are."""
-    return recipe_of(policy) if getattr(policy, "quantize_attention", False) else None
+    recipe = recipe_of(policy) if getattr(policy, "quantize_attention", False) else None
+    return None if recipe is None or recipe.formats is None else recipe
 
 
 @functools.cache
@@ -48,6 +52,8 @@ def recipe_of(policy: DTypePolicy) -> Recipe | None:
     if not isinstance(policy, QuantizedDTypePolicy):
         return None
     scaling, format = policy.scaling, policy.scheme.weights
+    if scaling is None or policy.scheme.granularity == "128x128":
+        return Recipe(None, ())
     if isinstance(scaling, StaticScaling):
         per_channel = mk.OperandFormat(format, "channel")
         formats = mk.DotFormats((mk.OperandFormat(format, "tensor"), per_channel))

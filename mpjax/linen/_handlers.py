@@ -16,6 +16,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+import mpjax_kernels as mk
+
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, linen_attention
 from .._cast import in_dtypes_of
@@ -25,8 +27,11 @@ from .._products import (
     QuantizedDotGeneral,
     QuantizedEinsum,
     Stateless,
+    StoredEmbedding,
+    observe_embedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from .._stored import stored_of
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerStates
 
@@ -72,7 +77,7 @@ def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str
         return call(*args, **kwargs)
 
 
-register(nn.ConvLocal, nn.ConvTranspose, nn.Embed, nn.PReLU)(default)
+register(nn.ConvLocal, nn.ConvTranspose, nn.PReLU)(default)
 
 
 def product_fields(layer: Layer) -> dict[str, Any] | None:
@@ -85,6 +90,7 @@ def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:
     return {
         "compute_dtype": layer.policy.compute_dtype,
         "formats": recipe.formats,
+        "stored": stored_of(layer.policy),
         "states": LayerStates(layer, recipe, prefix) if recipe.states else Stateless(),
     }
 
@@ -129,6 +135,22 @@ def _with_product(
         **product,
     ):
         return call(*args, **kwargs)
+
+
+@register(nn.Embed)
+def _embed(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A stored table is looked up, and attended to, as it is stored; a float one by Flax."""
+    module: Any = layer.module
+    recipe = recipe_of(layer.policy)
+    if recipe is None or layer.method not in ("__call__", "attend"):
+        return default(layer, call, args, kwargs)
+    observe_embedding(layer.full_path, module.embedding.shape)
+    if not isinstance(module.embedding, mk.QTensor):
+        return default(layer, call, args, kwargs)
+    fields = _fields(layer, recipe) | {"states": Stateless()}
+    stored = StoredEmbedding(QuantizedDotGeneral(**fields))
+    run = stored.look_up if layer.method == "__call__" else stored.attend
+    return run(module.embedding, *args, *kwargs.values())
 
 
 @register(nn.Einsum)

@@ -9,28 +9,55 @@ import jax.numpy as jnp
 from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
+import mpjax_kernels as mk
+
 from .._context import Observation, Product, observe
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
-from .._quantize import nothing_to_quantize, quantize_weight
+from .._quantization_report import (
+    QuantizationReport,
+    QuantizedWeight,
+    left_weight,
+    quantized_weight,
+)
+from .._quantize import quantize_weight
+from .._stored import CannotStoreError, stored_of
 from ._states import COLLECTION
 from ._wrap import policy_of
 
 
-def quantize(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    """See `mpjax.quantize`."""
+def quantize(
+    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, QuantizationReport]:
+    """See `mpjax.quantize`; returns the report in any case."""
     variables = _check_variables(variables, "mp.quantize(model, variables, x)")
     observation = trace(model, variables, *args, **kwargs)
-    if not observation.products:
-        raise nothing_to_quantize(type(model).__name__, policy_of(model))
-    params = unfreeze(variables["params"])
+    params, rows = unfreeze(variables["params"]), {}
     for path, product in observation.products.items():
-        _replace(params, path, product)
-    frozen = isinstance(variables, FrozenDict)
+        name = join(("params", path, product.name)) if path else join(("params", product.name))
+        rows[name] = _replace(params, path, product, observation.policies[path], name)
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_stored):
+        name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
+        is_weight = len(jnp.shape(leaf)) > 1 and not name.endswith("/bias")
+        if is_weight and name not in rows and not _is_stored(leaf):
+            rows[name] = _left(model, observation, name, leaf)
+    report = QuantizationReport(tuple(rows.values()))
     quantized = {**variables, "params": params}
-    _check_applies(model, quantized, *args, **kwargs)
-    return freeze(quantized) if frozen else quantized
+    if report.quantized:
+        _check_applies(model, quantized, *args, **kwargs)
+    return freeze(quantized) if isinstance(variables, FrozenDict) else quantized, report
+
+
+def _left(model: nn.Module, observation: Observation, name: str, leaf: Any) -> QuantizedWeight:
+    owner = join(name.split("/")[1:-1])
+    called = owner in observation.policies
+    policy = observation.policies[owner] if called else resolve(policy_of(model), owner)
+    reason = f"its policy is {policy.name!r}"
+    if stored_of(policy) is not None:
+        reason = "its layer multiplies it in no product that can be quantized"
+        reason = reason if called else "the example call did not reach its layer"
+    return left_weight(name, leaf, reason, wanted=stored_of(policy) is not None)
 
 
 def _check_applies(model: nn.Module, quantized: Any, *args: Any, **kwargs: Any) -> None:
@@ -92,23 +119,34 @@ def _trace(run: Callable[[], Any], model: nn.Module) -> None:
         ) from error
 
 
-def _replace(params: dict[str, Any], path: str, product: Product) -> None:
+def _replace(
+    params: dict[str, Any], path: str, product: Product, policy: DTypePolicy, name: str
+) -> QuantizedWeight:
+    """Stores one weight as its policy asks, in place; the row that says so, or why not."""
     owner = params
-    for name in path.split("/") if path else ():
-        owner = owner[name]
-    boxed = owner["kernel"]
-    kernel = meta.unbox(boxed)
-    name = f"params/{path}/kernel" if path else "params/kernel"
-    stacked = kernel.ndim - len(product.shape)
-    if kernel.shape[stacked:] != product.shape:
+    for part in path.split("/") if path else ():
+        owner = owner[part]
+    boxed = owner[product.name]
+    weight = meta.unbox(boxed)
+    stacked = weight.ndim - len(product.shape)
+    if weight.shape[stacked:] != product.shape:
         raise NotImplementedError(
-            f"'{name}' is stored as {kernel.shape} but its layer sees {product.shape}: a stack of "
+            f"'{name}' is stored as {weight.shape} but its layer sees {product.shape}: a stack of "
             "layers must have its layers along the leading axes (variable_axes={'params': 0})"
         )
-    contracting = tuple(axis - len(product.shape) for axis in product.contracting)
-    quantized = quantize_weight(kernel, contracting, name)
+    stored = stored_of(policy)
+    assert stored is not None, f"{name} is multiplied as quantized under {policy!r}"
+    try:
+        quantized = quantize_weight(weight, stored, product, name)
+    except CannotStoreError as error:
+        return left_weight(name, weight, str(error), wanted=True)
     is_boxed = isinstance(boxed, meta.AxisMetadata)
-    owner["kernel"] = boxed.replace_boxed(quantized) if is_boxed else quantized
+    owner[product.name] = boxed.replace_boxed(quantized) if is_boxed else quantized
+    return quantized_weight(name, weight, quantized)
+
+
+def _is_stored(x: Any) -> bool:
+    return isinstance(x, mk.QTensor)
 
 
 def layer_policies(

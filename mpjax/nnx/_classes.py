@@ -71,7 +71,8 @@ def module_class(
     Args:
       base: the user's, or Flax's, module class.
       policy: the policy that the module's path resolved to.
-      lent: names and values of attributes that shadow the instance's own.
+      lent: names and values of attributes that shadow the instance's own; under the name of a
+        public method, what is called in its place with the module first.
       keeps: names of parameters that are read as they are stored.
       casts: whether public methods cast their floating arguments to the compute dtype.
       output_dtype: dtype to cast the floating outputs of public methods to; None leaves them.
@@ -80,7 +81,8 @@ def module_class(
     namespace: dict[str, Any] = {BASE: base, POLICY: policy, ROOT: root}
     namespace |= {name: _Lent(name, value) for name, value in lent}
     for name in _public_methods(base):
-        namespace[name] = _entering(getattr(base, name), policy, casts, output_dtype)
+        method = dict(lent).get(name, getattr(base, name))
+        namespace[name] = _entering(method, policy, casts, output_dtype)
     kinds = (nnx.Param, nnx.Cache) if issubclass(base, nnx.MultiHeadAttention) else (nnx.Param,)
     namespace["__getattribute__"] = reading(base, policy.compute_dtype, kinds, keeps)
     if root is not None and not hasattr(base, "policy"):

@@ -5,56 +5,106 @@ from typing import Any
 
 from flax import nnx
 
+import mpjax_kernels as mk
+
+from .._adapters import POLICY
+from .._context import Product
 from .._paths import join
-from .._products import QuantizedDotGeneral, QuantizedEinsum
-from .._quantize import nothing_to_quantize, quantize_weight
-from ._wrap import policy_of
+from .._policy import DTypePolicy
+from .._products import QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
+from .._quantization_report import (
+    QuantizationReport,
+    QuantizedWeight,
+    left_weight,
+    quantized_weight,
+)
+from .._quantize import quantize_weight
+from .._stored import CannotStoreError, Stored, stored_of
+from ._wrap import author_dtype
 
 
-def quantize(model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any) -> nnx.Module:
-    """See `mpjax.quantize`."""
+def quantize(
+    model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
+) -> tuple[nnx.Module, QuantizationReport]:
+    """See `mpjax.quantize`; returns the report in any case."""
     if variables is not None or args or kwargs:
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
             "nothing else"
         )
-    kernels = list(_kernels(model))
-    if not kernels:
-        raise nothing_to_quantize(type(model).__name__, policy_of(model))
-    quantized = [  # all of them before the first is replaced: a NaN leaves the model as it was
-        quantize_weight(kernel.get_raw_value(), contracting, path)
-        for path, kernel, contracting in kernels
-    ]
-    for (_, kernel, _), value in zip(kernels, quantized, strict=True):
-        kernel.set_raw_value(value)
-    return model
+    rows: list[QuantizedWeight] = []
+    replaced: list[tuple[Any, mk.QTensor]] = []
+    for path, weight, layer in _weights(model):
+        value = weight.get_raw_value()
+        product, stored, reason = _product_of(layer, weight, path)
+        if product is None or stored is None:
+            rows.append(left_weight(path, value, reason, wanted=stored is not None))
+            continue
+        try:
+            quantized = quantize_weight(value, stored, product, path)
+        except CannotStoreError as error:
+            rows.append(left_weight(path, value, str(error), wanted=True))
+            continue
+        rows.append(quantized_weight(path, value, quantized))
+        replaced.append((weight, quantized))
+    for weight, quantized in replaced:  # after the last check: a NaN leaves the model as it was
+        weight.set_raw_value(quantized)
+    return model, QuantizationReport(tuple(rows))
 
 
-def _kernels(model: nnx.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Yields path, kernel and contracting axes (counted from the end) of each quantized layer."""
-    layer: Any
-    for path, layer in nnx.iter_modules(model):
-        product = getattr(layer, "dot_general", None) or getattr(layer, "einsum_op", None)
-        if isinstance(product, QuantizedDotGeneral | QuantizedEinsum):
-            name = join((*path, "kernel"))
-            yield name, layer.kernel, _contracting(layer, name)
+def _weights(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yields path, parameter and layer of every weight with two axes or more."""
+    layers: dict[tuple[Any, ...], Any] = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict):
+            layers[path] = node
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, nnx.Param) or path[-1] == "bias":
+            continue
+        if node.get_raw_value().ndim > 1:
+            owner = max((p for p in layers if path[: len(p)] == p), key=len)
+            yield join(path), node, layers[owner]
 
 
-def _contracting(layer: Any, name: str) -> tuple[int, ...]:
+def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Stored | None, str]:
+    """How a layer multiplies a weight and how that is stored, or else why it is not."""
+    own = author_dtype(layer)
+    policy = DTypePolicy(own) if own else getattr(type(layer), POLICY)
+    stored = stored_of(policy)
+    if stored is None:
+        return None, None, f"its policy is {policy.name!r}"
+    name = path.rpartition("/")[2]
+    if isinstance(layer, nnx.Embed) and name == "embedding":
+        return Product(name, weight.get_raw_value().shape[-2:], (1,)), stored, ""
+    kinds = {"dot_general": QuantizedDotGeneral, "einsum_op": QuantizedEinsum}
+    kinds["conv_general_dilated"] = QuantizedConv
+    kind = next((k for k in kinds if isinstance(getattr(layer, k, None), kinds[k])), None)
+    if name != "kernel" or kind is None:
+        return None, stored, "its layer multiplies it in no product that can be quantized"
+    axes = _contracting(layer)
+    if isinstance(axes, str):
+        return None, stored, axes
+    ndim, contracting = axes
+    shape = weight.get_raw_value().shape
+    product = Product(name, shape[len(shape) - ndim :], contracting, kind == "conv_general_dilated")
+    return product, stored, ""
+
+
+def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
+    """The rank of a layer's kernel and the axes that its product sums over, or why not."""
     if isinstance(layer, nnx.Linear):
-        return (-2,)
+        return 2, (0,)
     if isinstance(layer, nnx.LinearGeneral):
-        inputs, outputs = len(layer.in_features), len(layer.out_features)
-        return tuple(range(-inputs - outputs, -outputs))
+        batch, inputs = len(layer.batch_axis), len(layer.in_features)
+        return batch + inputs + len(layer.out_features), tuple(range(batch, batch + inputs))
+    if isinstance(layer, nnx.Conv):
+        ndim = len(layer.kernel_size) + 2
+        return ndim, tuple(range(ndim - 1))
     if layer.einsum_str is None:
-        raise NotImplementedError(
-            f"'{name}' is used with an equation given at each call; build the layer with "
-            "einsum_str= to quantize it"
-        )
+        return "its equation is given at each call: build the layer with einsum_str="
     operand, _, output = layer.einsum_str.replace(" ", "").partition("->")
     lhs, _, rhs = operand.partition(",")
     if "." in rhs:
-        raise NotImplementedError(
-            f"'{name}' has an ellipsis in its own term of {layer.einsum_str!r}: spell its axes out"
-        )
-    return tuple(i - len(rhs) for i, c in enumerate(rhs) if c in lhs and c not in output)
+        return f"its own term of {layer.einsum_str!r} has an ellipsis: spell its axes out"
+    summed = tuple(i for i, c in enumerate(rhs) if c in lhs and c not in output)
+    return len(rhs), summed

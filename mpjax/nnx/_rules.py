@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+import mpjax_kernels as mk
+
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, nnx_attention
 from .._cast import cast_array
@@ -26,8 +28,10 @@ from .._products import (
     QuantizedDotGeneral,
     QuantizedEinsum,
     Stateless,
+    StoredEmbedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from .._stored import stored_of
 from ._states import OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
@@ -87,7 +91,33 @@ def computes_in(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
     return {"dtype": jnp.dtype(policy.compute_dtype)}
 
 
-register(nnx.Embed)(computes_in)
+@register(nnx.Embed)
+def _embed(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
+    """A stored table is looked up, and attended to, as it is stored; a float one by Flax."""
+    recipe, lent = recipe_of(policy), computes_in(layer, policy)
+    if recipe is None:
+        return lent
+    product = QuantizedDotGeneral(policy.compute_dtype, recipe.formats, stored_of(policy))
+    stored, base = StoredEmbedding(product), type(layer)
+    own = {"__call__": nnx.Embed.__call__, "attend": nnx.Embed.attend}
+    methods = {name: _EmbedMethod(name, stored) for name in own if getattr(base, name) is own[name]}
+    return lent | methods
+
+
+@dataclasses.dataclass(frozen=True)
+class _EmbedMethod:
+    """A method of `nnx.Embed`, for a table that may be stored."""
+
+    name: str
+    stored: StoredEmbedding
+
+    def __call__(self, layer: Any, x: Any, **kwargs: Any) -> Any:
+        table = layer.embedding[...]
+        if not isinstance(table, mk.QTensor):
+            return getattr(nnx.Embed, self.name)(layer, x, **kwargs)
+        if self.name == "__call__":
+            return self.stored.look_up(table, x, **kwargs)
+        return self.stored.attend(table, x, **kwargs)
 
 
 @register(nnx.ConvTranspose)
@@ -107,7 +137,7 @@ def product_of(kind: Any, policy: DTypePolicy) -> Any:
 
 def _product(kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "") -> Any:
     states = OfLayer(prefix) if recipe.states else Stateless()
-    return kind(policy.compute_dtype, recipe.formats, states)
+    return kind(policy.compute_dtype, recipe.formats, stored_of(policy), states)
 
 
 def _with_product(attribute: str, product: Any, policy: DTypePolicy) -> dict[str, Any]:
