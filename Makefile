@@ -25,10 +25,10 @@ train-float8: .venv/demo.stamp
 	$(BIN)/python examples/train_float8.py $(ARGS)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -n auto -m "not gpu_compile and not tpu_compile" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
 test-tpu: .venv/dev,tpu-compile.stamp

@@ -361,16 +361,17 @@ def test_function_transforms():
     def loss(variables, x):
         return model.apply(variables, x).astype(jnp.float32).sum()
 
-    expected = jax.grad(loss)(variables, x)
-    remat = jax.grad(jax.checkpoint(loss))(variables, x)
+    expected = jax.jit(jax.grad(loss))(variables, x)
+    remat = jax.jit(jax.grad(jax.checkpoint(loss)))(variables, x)
     for a, b in zip(jax.tree.leaves(remat), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=16 * 2**-23)  # float32 sums in another order
-    per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0))(variables, x)
+    per_example = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(variables, x)
     assert {g.dtype.name for g in jax.tree.leaves(per_example)} == {"float32"}
     zeros = jax.tree.map(jnp.zeros_like, variables)
-    y, tangent = jax.jvp(loss, (variables, x), (zeros, jnp.ones_like(x)))
-    assert y == loss(variables, x) and tangent.dtype == jnp.float32
-    _, linear = jax.linearize(lambda v: loss(v, x), variables)
+    y, tangent = jax.jvp(jax.jit(loss), (variables, x), (zeros, jnp.ones_like(x)))
+    np.testing.assert_allclose(y, jax.jit(loss)(variables, x), rtol=16 * 2**-23)
+    assert tangent.dtype == jnp.float32
+    _, linear = jax.linearize(jax.jit(lambda v: loss(v, x)), variables)
     assert linear(zeros) == 0
 
 
