@@ -23,10 +23,12 @@ class Observation:
     Attributes:
       policies: absolute layer path -> the policy that it resolved to, in order of first call.
       products: absolute layer path -> how the layer's weight entered a quantized product.
+      ranks: absolute path of a parameter -> its number of axes as its layer sees it.
     """
 
     policies: dict[str, Any] = dataclasses.field(default_factory=dict)
     products: dict[str, "Product"] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

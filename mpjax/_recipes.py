@@ -22,6 +22,7 @@ import mpjax_kernels as mk
 from ._policy import DTypePolicy
 from ._quantized_policy import QuantizedDTypePolicy
 from ._scaling import CurrentScaling, DelayedScaling, StaticScaling
+from ._stored import Stored, stored_of
 
 OPERANDS = ("input", "kernel", "output_grad")
 _GRADIENT_FORMAT = "float8_e5m2"
@@ -34,10 +35,12 @@ class Recipe:
     Attributes:
       formats: of the three products of a float weight; None leaves them in the compute dtype.
       states: the operands whose scales are states, with the recipe and the format of each.
+      stored: how a weight is stored for inference, and what multiplies it.
     """
 
     formats: mk.DotFormats | None
     states: tuple[tuple[str, DelayedScaling | StaticScaling, str], ...]
+    stored: Stored
 
 
 def attention_recipe_of(policy: DTypePolicy) -> Recipe | None:
@@ -49,15 +52,16 @@ def attention_recipe_of(policy: DTypePolicy) -> Recipe | None:
 @functools.cache
 def recipe_of(policy: DTypePolicy) -> Recipe | None:
     """The recipe of a policy, or None if its layers multiply in the compute dtype."""
-    if not isinstance(policy, QuantizedDTypePolicy):
+    stored = stored_of(policy)
+    if stored is None or not isinstance(policy, QuantizedDTypePolicy):
         return None
     scaling, format = policy.scaling, policy.scheme.weights
     if scaling is None or policy.scheme.granularity == "128x128":
-        return Recipe(None, ())
+        return Recipe(None, (), stored)
     if isinstance(scaling, StaticScaling):
         per_channel = mk.OperandFormat(format, "channel")
         formats = mk.DotFormats((mk.OperandFormat(format, "tensor"), per_channel))
-        return Recipe(formats, (("input", scaling, format),))
+        return Recipe(formats, (("input", scaling, format),), stored)
     granularity = scaling.granularity if isinstance(scaling, CurrentScaling) else "tensor"
     if format == "int8":
         operand = mk.OperandFormat(format, granularity)
@@ -65,6 +69,6 @@ def recipe_of(policy: DTypePolicy) -> Recipe | None:
     else:
         formats, operands = mk.DotFormats.float8(granularity=granularity), OPERANDS
     if not isinstance(scaling, DelayedScaling):
-        return Recipe(formats, ())
+        return Recipe(formats, (), stored)
     of = {"input": format, "kernel": format, "output_grad": _GRADIENT_FORMAT}
-    return Recipe(formats, tuple((name, scaling, of[name]) for name in operands))
+    return Recipe(formats, tuple((name, scaling, of[name]) for name in operands), stored)

@@ -21,10 +21,7 @@ from tests.helpers import assert_trees_equal, dot_dtypes
 KEY = jax.random.key(0)
 X = jnp.linspace(-1, 1, 6).reshape(2, 3)
 INT8 = "int8_from_mixed_bfloat16"
-NOT_BUILT = [
-    *("int8_weight_only", "int4/-1", "int4/128", "gptq/4/128", "awq/4/128"),
-    "float8/128x128",
-]
+NOT_BUILT = ["gptq/4/128", "awq/4/128"]
 
 each_api = pytest.mark.parametrize("api", ["linen", "nnx"])
 
@@ -209,7 +206,12 @@ def test_modes_that_are_not_built_are_all_tested():
 def test_a_refused_policy_leaves_the_one_before(api):
     model = mp.wrap(net(api), "mixed_bfloat16")
     keys = {"head": "float32", "tail": "float32"}
-    for policy in ("float16x", "int4_from_float32", jnp.int8, mp.DTypePolicyMap("int32", keys)):
+    for policy in (
+        "float16x",
+        "awq/4/128_from_float32",
+        jnp.int8,
+        mp.DTypePolicyMap("int32", keys),
+    ):
         with unchanged(model), pytest.raises((ValueError, NotImplementedError)):
             mp.wrap(model, policy)
         assert model.policy == mp.DTypePolicy("mixed_bfloat16")

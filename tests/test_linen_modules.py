@@ -73,7 +73,8 @@ def test_own_parameters_are_read_in_the_compute_dtype(module):
 def test_a_dense_with_lora_is_quantized_but_for_its_own_parameters():
     model = mp.wrap(LoRADense(4), INT8)
     variables = model.init(jax.random.key(0), X)
-    quantized = mp.quantize(model, variables, X)
+    quantized, report = mp.quantize(model, variables, X, return_report=True)
+    assert [each.path for each in report.left] == ["params/a", "params/b"]
     assert dot_dtypes(model.apply, quantized, X) == [("int8", "int8"), BF16, BF16]
     assert_trees_equal(model.apply(quantized, X), model.apply(variables, X))
 

@@ -94,7 +94,8 @@ def test_parameters_are_read_in_the_compute_dtype(module):
 def test_a_lora_layer_is_quantized_but_for_its_own_parameters():
     model = mp.wrap(LoRALinear(nnx.Rngs(0)), "int8_from_mixed_bfloat16")
     expected = model(X)
-    mp.quantize(model)
+    _, report = mp.quantize(model, return_report=True)
+    assert [each.path for each in report.left] == ["a", "b"]
     assert dot_dtypes(model, X) == [("int8", "int8"), BF16, BF16]
     np.testing.assert_array_equal(np.asarray(model(X)), np.asarray(expected))
 

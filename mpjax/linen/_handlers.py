@@ -31,7 +31,6 @@ from .._products import (
     observe_embedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
-from .._stored import stored_of
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerStates
 
@@ -90,7 +89,7 @@ def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:
     return {
         "compute_dtype": layer.policy.compute_dtype,
         "formats": recipe.formats,
-        "stored": stored_of(layer.policy),
+        "stored": recipe.stored,
         "states": LayerStates(layer, recipe, prefix) if recipe.states else Stateless(),
     }
 
@@ -147,8 +146,8 @@ def _embed(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str,
     observe_embedding(layer.full_path, module.embedding.shape)
     if not isinstance(module.embedding, mk.QTensor):
         return default(layer, call, args, kwargs)
-    fields = _fields(layer, recipe) | {"states": Stateless()}
-    stored = StoredEmbedding(QuantizedDotGeneral(**fields))
+    product = QuantizedDotGeneral(layer.policy.compute_dtype, recipe.formats, recipe.stored)
+    stored = StoredEmbedding(product)
     run = stored.look_up if layer.method == "__call__" else stored.attend
     return run(module.embedding, *args, *kwargs.values())
 

@@ -13,6 +13,7 @@ import mpjax_kernels as mk
 
 from .._adapters import floating_name
 from .._cast import cast_floating, in_dtypes_of
+from .._context import active
 from .._policy import DTypePolicy
 
 
@@ -58,6 +59,7 @@ class Layer:
                 init_fn = _initialized_in(self.policy.variable_dtype, init_fn)
             value = type(self.module).param(self.module, name, init_fn, *args, **kwargs)
             self._check_quantized(name, value)
+            self._observe(name, value)
             return value if name in keeps else self.cast(value)
 
         return param
@@ -75,6 +77,13 @@ class Layer:
             return _CastVariable(own, self.policy.compute_dtype)
 
         return variable
+
+    def _observe(self, name: str, value: Any) -> None:
+        frame = active.value
+        if frame is not None and frame.observation is not None:
+            ranks = [len(jnp.shape(leaf)) for leaf in jax.tree.leaves(value)]
+            path = f"{self.full_path}/{name}" if self.full_path else name
+            frame.observation.ranks[path] = max(ranks, default=0)
 
     def _check_quantized(self, name: str, value: Any) -> None:
         if isinstance(value, mk.QTensor) and self.policy.quantization_mode is None:

@@ -39,7 +39,8 @@ def quantize(
         rows[name] = _replace(params, path, product, observation.policies[path], name)
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_stored):
         name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
-        is_weight = len(jnp.shape(leaf)) > 1 and not name.endswith("/bias")
+        rank = observation.ranks.get(name.removeprefix("params/"), len(jnp.shape(leaf)))
+        is_weight = rank > 1 and not name.endswith("/bias")
         if is_weight and name not in rows and not _is_stored(leaf):
             rows[name] = _left(model, observation, name, leaf)
     report = QuantizationReport(tuple(rows.values()))

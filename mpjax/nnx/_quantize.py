@@ -20,6 +20,7 @@ from .._quantization_report import (
 )
 from .._quantize import quantize_weight
 from .._stored import CannotStoreError, Stored, stored_of
+from ._rules import NORMS
 from ._wrap import author_dtype
 
 
@@ -61,9 +62,9 @@ def _weights(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Param) or path[-1] == "bias":
             continue
-        if node.get_raw_value().ndim > 1:
-            owner = max((p for p in layers if path[: len(p)] == p), key=len)
-            yield join(path), node, layers[owner]
+        owner = layers[max((p for p in layers if path[: len(p)] == p), key=len)]
+        if node.get_raw_value().ndim > 1 and not isinstance(owner, NORMS):  # a stack of them, then
+            yield join(path), node, owner
 
 
 def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Stored | None, str]:

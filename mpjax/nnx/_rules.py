@@ -31,7 +31,6 @@ from .._products import (
     StoredEmbedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
-from .._stored import stored_of
 from ._states import OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
@@ -97,7 +96,7 @@ def _embed(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     recipe, lent = recipe_of(policy), computes_in(layer, policy)
     if recipe is None:
         return lent
-    product = QuantizedDotGeneral(policy.compute_dtype, recipe.formats, stored_of(policy))
+    product = QuantizedDotGeneral(policy.compute_dtype, recipe.formats, recipe.stored)
     stored, base = StoredEmbedding(product), type(layer)
     own = {"__call__": nnx.Embed.__call__, "attend": nnx.Embed.attend}
     methods = {name: _EmbedMethod(name, stored) for name in own if getattr(base, name) is own[name]}
@@ -137,7 +136,7 @@ def product_of(kind: Any, policy: DTypePolicy) -> Any:
 
 def _product(kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "") -> Any:
     states = OfLayer(prefix) if recipe.states else Stateless()
-    return kind(policy.compute_dtype, recipe.formats, stored_of(policy), states)
+    return kind(policy.compute_dtype, recipe.formats, recipe.stored, states)
 
 
 def _with_product(attribute: str, product: Any, policy: DTypePolicy) -> dict[str, Any]:
@@ -170,10 +169,10 @@ def _conv(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     return _with_product("conv_general_dilated", product, policy)
 
 
-_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
-@register(*_NORMS, keeps=("scale", "bias"))
+@register(*NORMS, keeps=("scale", "bias"))
 def _norm(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
     """Statistics, scale, bias and running averages stay float32; the input and output do not.
 
