@@ -11,6 +11,8 @@ from ._accumulate import accumulate_gradients as accumulate_gradients
 from ._checkpoint import latest_step as latest_step
 from ._checkpoint import restore_checkpoint as restore_checkpoint
 from ._checkpoint import save_checkpoint as save_checkpoint
+from ._export import export as export
+from ._export import load_exported as load_exported
 from ._flax_float8 import from_flax_float8 as from_flax_float8
 from ._global_policy import dtype_policy as dtype_policy
 from ._global_policy import dtype_policy_scope as dtype_policy_scope

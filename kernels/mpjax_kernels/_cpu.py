@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
@@ -48,6 +49,8 @@ def refusal(
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return "the mesh has explicit axes: XLA's own product has rules for how they are sharded"
     c = contraction
+    if any(map(is_symbolic_dim, (*c.lhs_shape, *c.rhs_shape))):
+        return "a size is symbolic: what is fast depends on it"
     if 0 in (*c.lhs_shape, *c.rhs_shape):
         return f"`lhs` has shape {c.lhs_shape} and `rhs` {c.rhs_shape}: there is nothing to do"
     if _is_integer(lhs, rhs) and not _is_grouped(lhs, rhs, c):

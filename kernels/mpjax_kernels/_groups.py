@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Shaped
 
 from ._contraction import Contraction
@@ -39,7 +40,8 @@ def grouped_dot(
     lhs, rhs = _stack(lhs, c.lhs_contract, runs), _stack(rhs, c.rhs_contract, runs)
     groups = math.prod(runs)
     one = replace(c, lhs_shape=lhs.shape[1:], rhs_shape=rhs.shape[1:])
-    if groups * math.prod(c.result_shape) <= _AT_ONCE:
+    known = not any(map(is_symbolic_dim, c.result_shape))
+    if known and groups * math.prod(c.result_shape) <= _AT_ONCE:
         # Batch axes come first in the result, so the groups are its first axis.
         return jnp.sum(product(lhs, rhs, _with_batch(one, lhs.shape, rhs.shape)), axis=0)
     total, _ = jax.lax.scan(

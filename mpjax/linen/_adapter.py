@@ -1,5 +1,6 @@
 """What `mpjax` calls for a Linen module."""
 
+from ._function import as_function as as_function
 from ._quantize import init_scaling as init_scaling
 from ._quantize import layer_policies as layer_policies
 from ._quantize import quantize as quantize

@@ -1,5 +1,6 @@
 """What `mpjax` calls for a NNX module."""
 
+from ._function import as_function as as_function
 from ._quantize import quantize as quantize
 from ._wrap import is_wrapped as is_wrapped
 from ._wrap import layer_policies as layer_policies

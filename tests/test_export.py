@@ -1,0 +1,141 @@
+"""`mp.export`: one artifact per model, run by JAX alone in another process."""
+
+import subprocess
+import sys
+import textwrap
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import export as jax_export
+
+import mpjax as mp
+
+KEY = jax.random.key(0)
+X = np.asarray(jax.random.normal(KEY, (4, 128)))
+MODES = ["int8", "int8_weight_only", "int4/64", "float8", "float8/row", "float8/128x128"]
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(128)(x))
+        return nn.Dense(128)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class NetNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = (nnx.Linear(128, 128, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+
+def quantized(mode):
+    model = mp.wrap(Net(), f"{mode}_from_mixed_bfloat16")
+    return model, mp.quantize(model, model.init(KEY, X), X)
+
+
+def any_batch():
+    (batch,) = jax_export.symbolic_shape("batch")
+    return jax.ShapeDtypeStruct((batch, 128), jnp.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_exported_model_gives_the_same_bits(mode):
+    model, variables = quantized(mode)
+    expected = jax.jit(model.apply)(variables, X)
+    blob = mp.export(model, variables, X, platforms=("cpu",), train=False)
+    np.testing.assert_array_equal(mp.load_exported(blob)(X), expected)
+    everywhere = mp.export(model, variables, any_batch())
+    run = mp.load_exported(everywhere)
+    for rows in (1, 4):
+        y, here = run(X[:rows]), jax.jit(model.apply)(variables, X[:rows])
+        np.testing.assert_allclose(
+            np.asarray(y, np.float32), np.asarray(here, np.float32), rtol=0.02, atol=0.02
+        )
+    assert jax_export.deserialize(bytearray(everywhere)).platforms == ("cpu", "cuda", "tpu")
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8/row"])
+def test_a_program_for_a_tpu_is_made_and_lowered_without_one(mode):
+    model, variables = quantized(mode)
+    exported = jax_export.deserialize(bytearray(mp.export(model, variables, X, platforms=("tpu",))))
+    lowered = jax.jit(exported.call).trace(X).lower(lowering_platforms=("tpu",))
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    kind = {"int8": "xi8>", "float8/row": "xf8E4M3FN>"}[mode]
+    assert len(products) == 2 and all(line.count(kind) >= 2 for line in products)
+    with pytest.raises(ValueError, match="exported for platforms.*tpu.*cpu"):
+        exported.call(X)
+
+
+def test_weights_beside_are_the_first_argument():
+    model, variables = quantized("int8")
+    blob, weights = mp.export(model, variables, X, platforms=("cpu",), weights="beside")
+    assert weights["params/Dense_0/kernel/values"].dtype == jnp.int8
+    inside = mp.export(model, variables, X, platforms=("cpu",))
+    assert len(blob) < len(inside) - 2 * 128 * 128 // 2  # two kernels, compressed at most by half
+    expected = jax.jit(model.apply)(variables, X)
+    np.testing.assert_array_equal(mp.load_exported(blob)(weights, X), expected)
+
+
+def test_nnx():
+    model = mp.quantize(mp.wrap(NetNNX(nnx.Rngs(0)), "int8_from_mixed_bfloat16"))
+    expected = nnx.jit(lambda model, x: model(x))(model, X)
+    run = mp.load_exported(mp.export(model, X, platforms=("cpu",)))
+    np.testing.assert_array_equal(run(X), expected)
+    blob, weights = mp.export(model, X, platforms=("cpu",), weights="beside")
+    np.testing.assert_array_equal(mp.load_exported(blob)(weights, X), expected)
+
+
+def test_another_process_runs_it_without_mpjax_or_flax(tmp_path):
+    model, variables = quantized("int8")
+    (tmp_path / "model.bin").write_bytes(mp.export(model, variables, X, platforms=("cpu",)))
+    np.save(tmp_path / "x.npy", X)
+    script = """
+        import sys
+        # Importing one of them raises.
+        sys.modules.update(dict.fromkeys(("mpjax", "mpjax_kernels", "flax")))
+        import numpy as np
+        from jax import export
+        run = export.deserialize(bytearray(open("model.bin", "rb").read())).call
+        np.save("y.npy", np.asarray(run(np.load("x.npy")), np.float32))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    expected = np.asarray(jax.jit(model.apply)(variables, X), np.float32)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
+
+
+def test_what_is_no_artifact_is_said_to_be_none():
+    model, variables = quantized("int8")
+    blob = mp.export(model, variables, X, platforms=("cpu",))
+    for bad in (b"", b"not a program", blob[: len(blob) // 2], blob[::-1]):
+        with pytest.raises(ValueError, match=f"these {len(bad)} bytes are no program"):
+            mp.load_exported(bad)
+    with pytest.raises(TypeError, match="`blob` must be the bytes"):
+        mp.load_exported("model.bin")  # pyright: ignore[reportArgumentType]
+
+
+def test_bad_arguments_are_named_before_any_work():
+    model, variables = quantized("int8")
+    for platforms in ("tpu", (), ("gpu",), ("cpu", "v6e")):
+        with pytest.raises(ValueError, match="`platforms` must be a sequence of some of"):
+            mp.export(model, variables, X, platforms=platforms)
+    with pytest.raises(ValueError, match="`weights` must be 'inside' or 'beside', got 'out'"):
+        mp.export(model, variables, X, weights="out")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="a dict with 'params', but got ndarray"):
+        mp.export(model, X)
+    with pytest.raises(ValueError, match="Net is not wrapped"):
+        mp.export(Net(), variables, X)
+
+
+def test_without_flatbuffers_the_extra_is_named(monkeypatch):
+    model, variables = quantized("int8")
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    for call in (lambda: mp.export(model, variables, X), lambda: mp.load_exported(b"")):
+        with pytest.raises(ImportError, match=r"mpjax\[export\]"):
+            call()
