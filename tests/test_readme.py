@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -26,7 +27,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loops_run():
-    linen, nnx, linen_training, nnx_training, _ = BLOCKS
+    linen, nnx, _, _, linen_training, nnx_training, _ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(linen_training, scope)
@@ -38,6 +39,18 @@ def test_the_training_loops_run():
     exec(nnx_training, scope)
     assert scope["optimizer"].step[...] == 1
     assert scope["model"].scaling["input"][...].amax_history[0] == 1
+
+
+def test_quantized_inference(capsys):
+    linen, _, storing, exporting, *_ = BLOCKS
+    scope = {}
+    exec(linen, scope)
+    exec(storing, scope)
+    assert [each.dtype for each in scope["report"].weights] == ["int4", "float8_e4m3fn"]
+    assert capsys.readouterr().out == f"{scope['report']}\n"
+    expected = scope["small"].apply(scope["quantized"], scope["x"])
+    exec(exporting, scope)
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
 
 
 def test_the_policy_map_follows_from_the_linen_block():
