@@ -69,8 +69,8 @@ def load_safetensors(
         files = _open(stack, paths)
         scales = {name: _scale_of(files, name) for name in files}
         scales = {name: scale for name, scale in scales.items() if scale is not None}
-        _check_complete(files, scales)
         parts = {*scales.values(), *(name + _ZERO_POINT for name in scales)}
+        _check_complete(files, scales, parts)
         weights: dict[str, Any] = {}
         for name in files:
             if name in parts:
@@ -102,32 +102,28 @@ def _open(stack: contextlib.ExitStack, paths: tuple[str | Path, ...]) -> dict[st
     return files
 
 
-def _dtype(files: _Files, name: str) -> str:
-    return files[name].entries[name].dtype.name
-
-
 def _scale_of(files: _Files, name: str) -> str | None:
     """The name of the scale of a quantized weight; None for any other tensor."""
-    if _dtype(files, name) not in _FORMATS:
+    if files[name].entries[name].dtype.name not in _FORMATS:
         return None
     return next((name + suffix for suffix in _SCALES if name + suffix in files), None)
 
 
-def _check_complete(files: _Files, scales: Mapping[str, str]) -> None:
+def _check_complete(files: _Files, scales: Mapping[str, str], parts: set[str]) -> None:
     """Raises for a scale without its weight, or a weight that lacks the scale that others have."""
     for name, file in files.items():
-        is_scale = name.endswith(tuple("weight" + suffix for suffix in _SCALES))
-        if is_scale and name.removesuffix("_inv").removesuffix("_scale") not in files:
-            raise ModelFileError(
-                f"{file.path} has {name!r} without its weight: give all the files of the model; "
-                "weights in other formats than int8 and float8 cannot be read"
-            )
-        if is_scale or name in scales or not _dtype(files, name).startswith("float8"):
+        if name in scales or name in parts:
             continue
-        beside = next((n for n in scales if _dtype(files, n) == _dtype(files, name)), None)
-        if beside is not None and len(file.entries[name].shape) > 1:
+        if name.endswith(("weight_scale", "weight_scale_inv")):
             raise ModelFileError(
-                f"{file.path} has {name!r} of {_dtype(files, name)} without its scale, although "
+                f"{file.path} has {name!r} without an int8 or float8 weight: give all the files of "
+                "the model; other formats cannot be read"
+            )
+        entry = file.entries[name]
+        beside = next((n for n in scales if files[n].entries[n].dtype == entry.dtype), None)
+        if beside is not None and entry.dtype != np.int8 and len(entry.shape) > 1:
+            raise ModelFileError(
+                f"{file.path} has {name!r} of {entry.dtype.name} without its scale, although "
                 f"{beside!r} has one: give all the files of the model"
             )
 
