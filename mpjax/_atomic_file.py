@@ -4,12 +4,12 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator
+from io import BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BufferedWriter]:
     """Opens a new file for writing that takes the place of `path` once it is on disk.
 
     Until then, and for good if the body raises or the process dies, what was at `path` stays. A

@@ -29,7 +29,7 @@ def read_array(file: SafetensorsFile, record: ArrayRecord) -> np.ndarray:
       ModelFileError: its bytes are not those that were saved.
     """
     data = file.read(record.name)
-    if zlib.crc32(data) != record.crc32:
+    if zlib.crc32(data.data) != record.crc32:
         raise damaged(file.path, f"the bytes of {record.name!r} have changed since it was saved")
     if record.is_packed:
         return _unpack(data, record.shape)

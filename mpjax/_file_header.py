@@ -24,11 +24,12 @@ import numpy as np
 
 from ._file_leaves import LeafParts, put_together
 from ._safetensors import (
-    DTYPES,
+    BY_NAME,
     ModelFileError,
     SafetensorsFile,
     check_shape,
     damaged,
+    damaged_header,
     strict_json,
 )
 
@@ -37,7 +38,7 @@ MAX_DEPTH = 64  # of nested dicts; JAX recurses over them
 Key = str | int
 _HEADER, _CRC32 = "mpjax", "mpjax_crc32"
 _INT4 = np.dtype(ml_dtypes.int4)
-_BY_NAME = {dtype.name: dtype for dtype in (*DTYPES.values(), _INT4)}
+_BY_NAME = {**BY_NAME, _INT4.name: _INT4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +146,10 @@ class Header:
                 raise TypeError("the policy is no dict")
             leaves = tuple(_leaf(each) for each in content["leaves"])
             nest((leaf.path, None) for leaf in leaves)
-            for leaf in leaves:
-                leaf.abstract  # noqa: B018 - raises if the parts make no leaf
             _check_stored(leaves, file)
             return cls(str(content["mpjax"]), policy, leaves)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(file.path, f"its header: {error}") from error
+            raise damaged_header(file.path, error) from error
 
 
 def nest(leaves: Iterable[tuple[tuple[Key, ...], Any]]) -> dict[Key, Any]:
@@ -189,7 +188,7 @@ def _content(file: SafetensorsFile) -> dict[str, Any]:
         content = strict_json(text)
         version, by = content["version"], content["mpjax"]
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(file.path, f"its header: {error}") from error
+        raise damaged_header(file.path, error) from error
     if type(version) is not int or version < 1:
         raise damaged(file.path, f"its version is {version!r}")
     if version > VERSION:
@@ -211,7 +210,9 @@ def _leaf(json: Any) -> LeafRecord:
     if not all(type(key) in (str, int) for key in path):
         raise ValueError("a key in a path is neither a text nor an integer")
     arrays = {part: _array(each) for part, each in json["arrays"].items()}
-    return LeafRecord(tuple(path), json["kind"], dict(json["static"]), arrays)
+    record = LeafRecord(tuple(path), json["kind"], dict(json["static"]), arrays)
+    _ = record.abstract  # raises if the parts make no leaf
+    return record
 
 
 def _array(json: Any) -> ArrayRecord:

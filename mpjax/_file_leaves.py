@@ -18,6 +18,7 @@ import numpy as np
 
 import mpjax_kernels as mk
 
+from ._safetensors import BY_NAME
 from ._scaling import DelayedScaling, ScalingState, StaticScaling
 
 MAIN_PARTS = ("value", "values")  # arrays that go by the name of the leaf alone
@@ -48,6 +49,8 @@ def take_apart(leaf: Any) -> LeafParts:
     """
     if isinstance(leaf, mk.QTensor):
         names = ["values", "scale"] + ["zero_point"] * (leaf.zero_point is not None)
+        if leaf.dtype.name not in BY_NAME:
+            raise TypeError(f"is a QTensor of logical dtype {leaf.dtype}, which safetensors lacks")
         layout = None if leaf.layout is None else list(leaf.layout)
         static = {"format": leaf.format.name, "dtype": leaf.dtype.name, "layout": layout}
         return LeafParts("qtensor", static, {name: getattr(leaf, name) for name in names})
@@ -94,10 +97,10 @@ def _qtensor(
     values: Any, scale: Any, format: str, dtype: str, layout: Any, zero_point: Any = None
 ) -> mk.QTensor:
     layout = None if layout is None else tuple(layout)
-    q = mk.QTensor(values, scale, jnp.dtype(dtype), zero_point, layout)
+    q = mk.QTensor(values, scale, BY_NAME[dtype], zero_point, layout)
     mk.validate(q)
-    if (q.format.name, q.dtype.name) != (format, dtype):
-        raise ValueError(f"values of {values.dtype} are said to be {format}, for {dtype}")
+    if q.format.name != format:
+        raise ValueError(f"values of {values.dtype} are said to be {format}")
     return q
 
 

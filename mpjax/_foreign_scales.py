@@ -55,10 +55,11 @@ def _cut(
 ) -> np.ndarray:
     """`scale` with as many entries along an axis as divide it."""
     size, count, block = shape[axis], scale.shape[axis], block_size or BLOCK_SIZE
-    is_block, is_group = count == -(-size // block), not blocks and size % count == 0
+    is_block = count == -(-size // block)
+    is_group = not blocks and size % count == 0 and block_size in (None, size // count)
     if size % block == 0 or count == 1:
         is_group |= is_block
-    elif is_block and is_group and block_size is None:
+    elif is_block and is_group:
         raise ValueError(
             f"a scale of shape {scale.shape} for a weight {shape} may mean groups of "
             f"{size // count} or blocks of {block}: pass block_size={size // count} or {block}"

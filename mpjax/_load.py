@@ -9,6 +9,7 @@ import numpy as np
 from ._file_bytes import read_array
 from ._file_header import Header, LeafRecord, nest
 from ._file_leaves import LeafParts, put_together
+from ._paths import join
 from ._placement import sharding_at, shardings_of_parts
 from ._policy_map import Policy
 from ._safetensors import ModelFileError, SafetensorsFile, damaged, open_safetensors
@@ -101,8 +102,7 @@ def to_devices(array: np.ndarray, sharding: Any) -> Any:
 
 def _shardings_of(leaf: LeafRecord, sharding: Any) -> dict[str, Any]:
     parts = {part: record.abstract for part, record in leaf.arrays.items()}
-    name = "/".join(map(str, leaf.path))
-    return shardings_of_parts(sharding, leaf.abstract, parts, name)
+    return shardings_of_parts(sharding, leaf.abstract, parts, join(leaf.path))
 
 
 def _read(file: SafetensorsFile, leaf: LeafRecord, shardings: dict[str, Any]) -> Any:

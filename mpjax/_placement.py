@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 import mpjax_kernels as mk
 
+from ._paths import join
 from ._scaling import ScalingState
 
 
@@ -22,17 +23,16 @@ def sharding_at(shardings: Any, path: tuple[str | int, ...]) -> Any:
     Raises:
       ValueError: the dicts lack the path.
     """
-    name = "/".join(map(str, path))
+    name = join(path)
     if callable(shardings):
         return shardings(name)
     for depth, key in enumerate(path):
         if not isinstance(shardings, Mapping):
             break
         if key not in shardings:
-            at = "/".join(map(str, path[: depth + 1]))
             raise ValueError(
-                f"`shardings` has no '{at}', so where '{name}' goes is not known: add it; None "
-                "stands for the default device"
+                f"`shardings` has no '{join(path[: depth + 1])}', so where '{name}' goes is not "
+                "known: add it; None stands for the default device"
             )
         shardings = shardings[key]
     return shardings
@@ -97,8 +97,8 @@ def _check(sharding: Any, array: jax.ShapeDtypeStruct, path: str) -> None:
         return
     if not isinstance(sharding, Sharding):
         raise TypeError(
-            f"`shardings` has {sharding!r} for '{path}', which is no jax.sharding.Sharding: make "
-            "a NamedSharding(mesh, spec) of a PartitionSpec"
+            f"`shardings` has a {type(sharding).__name__} for '{path}', which is no "
+            "jax.sharding.Sharding: make a NamedSharding(mesh, spec) of a PartitionSpec"
         )
     try:
         sharding.shard_shape(array.shape)

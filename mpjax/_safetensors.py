@@ -20,8 +20,9 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -53,6 +54,7 @@ DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
 class ModelFileError(ValueError):
@@ -62,6 +64,12 @@ class ModelFileError(ValueError):
 def damaged(path: Path, why: str) -> ModelFileError:
     """The error for a file that cannot be trusted."""
     return ModelFileError(f"{path} is damaged ({why}): get the file, or save the model, again")
+
+
+def damaged_header(path: Path, error: Exception) -> ModelFileError:
+    """The same, of an error that came up while its header was read."""
+    lacks = isinstance(error, KeyError)
+    return damaged(path, f"its header lacks {error}" if lacks else f"its header: {error}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +102,14 @@ class SafetensorsFile:
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-    _file: BinaryIO
+    _file: BufferedReader
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of an array, uint8 [nbytes]; ModelFileError if the file ends before them."""
         entry = self.entries[name]
         data = np.empty(entry.stop - entry.start, np.uint8)
         self._file.seek(entry.start)
-        if self._file.readinto(data) != data.size:
+        if self._file.readinto(data.data) != data.size:
             raise damaged(self.path, f"it ends inside {name!r}")
         return data
 
@@ -135,7 +143,7 @@ def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
             entries = {name: _entry(name, each, start) for name, each in header.items()}
             _check_covers(entries, start, size)
         except (KeyError, TypeError, ValueError) as error:
-            raise damaged(path, f"its header: {error}") from error
+            raise damaged_header(path, error) from error
         yield SafetensorsFile(path, entries, metadata, file)
 
 
@@ -188,7 +196,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path, file: BufferedReader, size: int) -> tuple[dict[str, Any], int]:
     """The JSON of the header, and where the arrays start."""
     if size == 0:
         raise ModelFileError(f"{path} is empty: get the file, or save the model, again")
@@ -203,7 +211,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     try:
         header = strict_json(b"{" + file.read(length - 1))
     except ValueError as error:
-        raise damaged(path, f"its header: {error}") from error
+        raise damaged_header(path, error) from error
     return header, 8 + length
 
 

@@ -14,8 +14,9 @@ from ._atomic_file import atomic_file
 from ._file_bytes import to_bytes
 from ._file_header import MAX_DEPTH, ArrayRecord, Header, Key, LeafRecord
 from ._file_leaves import MAIN_PARTS, LeafParts, take_apart
+from ._paths import join
 from ._policy_map import freeze
-from ._safetensors import DTYPES, encode_header
+from ._safetensors import BY_NAME, encode_header
 from ._serialize import get_policy, serialize
 
 
@@ -66,8 +67,8 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
         sums = {}
         for record in header.arrays:
             data = to_bytes(arrays[record.name])
-            sums[record.name] = zlib.crc32(data)
-            file.write(data)
+            sums[record.name] = zlib.crc32(data.data)
+            file.write(data.data)
         file.seek(0)
         file.write(_encoded(_with_checksums(header, sums)))
     return path
@@ -102,13 +103,13 @@ def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]]
 
 def _leaves(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...], Any]]:
     if len(path) > MAX_DEPTH:
-        raise ValueError(f"'{_name(path)}' is nested deeper than {MAX_DEPTH} dicts")
+        raise ValueError(f"'{join(path)}' is nested deeper than {MAX_DEPTH} dicts")
     if not isinstance(node, Mapping) or (path and not node):
         yield path, _unboxed(node)
         return
     for key, child in node.items():
         if type(key) not in (str, int):
-            raise TypeError(f"the key {key!r} in '{_name(path)}' is neither a text nor an integer")
+            raise TypeError(f"the key {key!r} in '{join(path)}' is neither a text nor an integer")
         yield from _leaves(child, (*path, key))
 
 
@@ -125,18 +126,18 @@ def _parts(path: tuple[Key, ...], leaf: Any) -> LeafParts:
     try:
         parts = take_apart(leaf)
     except TypeError as error:
-        raise TypeError(f"'{_name(path)}' {error}") from None
+        raise TypeError(f"'{join(path)}' {error}") from None
     for array in parts.arrays.values():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
-                f"'{_name(path)}' is spread over several processes, and a file is written by one: "
+                f"'{join(path)}' is spread over several processes, and a file is written by one: "
                 "gather it with jax.experimental.multihost_utils.process_allgather"
             )
     return parts
 
 
 def _record(path: tuple[Key, ...], parts: LeafParts) -> LeafRecord:
-    name = _name(path)
+    name = join(path)
     arrays = {
         part: ArrayRecord(
             name if part in MAIN_PARTS else f"{name}.{part}", array.dtype.name, tuple(array.shape)
@@ -144,7 +145,7 @@ def _record(path: tuple[Key, ...], parts: LeafParts) -> LeafRecord:
         for part, array in parts.arrays.items()
     }
     for array in arrays.values():
-        if array.dtype != "int4" and array.dtype not in {d.name for d in DTYPES.values()}:
+        if array.dtype != "int4" and array.dtype not in BY_NAME:
             raise TypeError(f"'{name}' has the dtype {array.dtype}, which safetensors lacks")
     return LeafRecord(path, parts.kind, parts.static, arrays)
 
@@ -174,7 +175,3 @@ def _with_checksums(header: Header, sums: Mapping[str, int]) -> Header:
         }
         leaves.append(dataclasses.replace(leaf, arrays=arrays))
     return dataclasses.replace(header, leaves=tuple(leaves))
-
-
-def _name(path: tuple[Key, ...]) -> str:
-    return "/".join(map(str, path))

@@ -122,6 +122,8 @@ def test_a_scale_with_two_meanings_is_refused(tmp_path):
     assert_values(of_96, w, np.repeat(s, 96, axis=1))
     of_128 = loaded(tmp_path, tensors, block_size=128)["w.weight"]
     assert_values(of_128, w, np.repeat(s, 128, axis=1)[:, :192])
+    with pytest.raises(mp.ModelFileError, match="one per block of 32 x 32"):
+        loaded(tmp_path, tensors, block_size=32)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e8m0fnu])

@@ -225,7 +225,7 @@ def test_into_an_nnx_model_without_weights(tmp_path):
 def test_nnx_scaling_states_come_back_and_the_loss_scale_of_training_stays(tmp_path):
     policy = mp.QuantizedFloat8DTypePolicy("float8", "mixed_float16", amax_history_length=3)
     model = nnx_model(policy)
-    model.loss_scale = mp.nnx.LossScale(policy.loss_scale.init())
+    model.loss_scale = mp.nnx.LossScale(mp.DynamicLossScale().init())
     state = model.first.scaling["input"].get_value()
     model.first.scaling["input"].set_value(
         mp.update_scaling(mp.observe_scaling(state, jnp.float32(7)))
@@ -336,7 +336,9 @@ def test_shardings_that_do_not_fit(tmp_path):
         ValueError, match="`shardings` has no 'a/w', so where 'a/w' goes is not kno"
     ):
         mp.load(path, shardings={"a": {}, "b": None})
-    with pytest.raises(TypeError, match=r"has .*'x',?\) for 'a/w', which is no .* NamedSharding\("):
+    with pytest.raises(
+        TypeError, match=r"has a P(artitionSpec)? for 'a/w', which is no .* NamedSharding\("
+    ):
         mp.load(path, shardings=PartitionSpec("x"))
     with pytest.raises(ValueError, match=r"'a/w' \(float32 \(3, 4\)\) cannot be sharded so"):
         mp.load(path, shardings=on_mesh("x"))
@@ -532,7 +534,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         ),
         ('{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,NaN]}}', "NaN is no JSON"),
         ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "the arrays end at byte"),
-        ('{"a":{"dtype":"U8","shape":[2]}}', "its header: 'data_offsets'"),
+        ('{"a":{"dtype":"U8","shape":[2]}}', "its header lacks 'data_offsets'"),
         ('{"a":1,"a":2}', "a name occurs twice"),
         ('{"__metadata__":{"a":1}}', "its __metadata__ is not a dict of texts"),
         (
@@ -554,16 +556,16 @@ def test_headers_that_say_what_the_file_does_not_bear_out(tmp_path, header, why)
     ("change", "why"),
     [
         (lambda c: c.update(version="1"), "its version is '1'"),
-        (lambda c: c.pop("leaves"), "its header: 'leaves'"),
+        (lambda c: c.pop("leaves"), "its header lacks 'leaves'"),
         (lambda c: c.update(policy=3), "the policy is no dict"),
         (lambda c: c["leaves"].pop(), "the arrays in the file are not those that it lists"),
         (lambda c: c["leaves"].append(c["leaves"][0]), "two leaves are at"),
         (lambda c: c["leaves"][0].update(path=["a"] * 65), "too long"),
         (lambda c: c["leaves"][0].update(path=[1.5]), "neither a text nor an integer"),
         (lambda c: c["leaves"][0].update(path=["w", "b"]), r"two leaves are at \('w',\)"),
-        (lambda c: c["leaves"][0].update(kind="pickle"), "its header: 'pickle'"),
+        (lambda c: c["leaves"][0].update(kind="pickle"), "its header lacks 'pickle'"),
         (lambda c: c["leaves"][1]["static"].update(format="int4"), "values of int8 are said to be"),
-        (lambda c: c["leaves"][1]["static"].update(dtype=">f4"), "are said to be int8, for >f4"),
+        (lambda c: c["leaves"][1]["static"].update(dtype=">f4"), "its header lacks '>f4'"),
         (lambda c: c["leaves"][1]["static"].update(layout=[-1, -1]), "must hold its trailing axes"),
         (
             lambda c: c["leaves"][1]["arrays"]["values"].update(shape=[6, 8]),

@@ -10,13 +10,14 @@ import mpjax_kernels as mk
 
 from .._adapters import POLICY
 from .._checkpoint_leaves import committed
-from .._file_header import Key, LeafRecord
+from .._file_header import LeafRecord
+from .._paths import join
 from .._scaling import ScalingState
 from .._stored import stored_of
 from .._wrap import wrapped_adapter_of
 from ._states import LossScale
 
-Path = tuple[Key, ...]
+Path = tuple[Any, ...]
 
 
 def policy_of(model: nnx.Module) -> Any:
@@ -39,7 +40,7 @@ def differences(model: nnx.Module, leaves: Sequence[LeafRecord]) -> Iterator[str
     variables, modules = variables_of(model), _modules(model)
     saved = {leaf.path: leaf for leaf in leaves}
     for path in {**saved, **variables}:
-        name = "/".join(map(str, path))
+        name = join(path)
         if path not in variables:
             yield f"{name}: {_text(saved[path].abstract)} in the file, absent from the model"
             continue
