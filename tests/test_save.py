@@ -172,12 +172,13 @@ def test_the_policy_is_read_without_the_weights(tmp_path):
 def test_boxes_of_flax_metadata_are_taken_off(tmp_path):
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     model = mp.wrap(nn.Dense(4, kernel_init=init), "int8_from_float32")
-    variables = mp.quantize(model, model.init(jax.random.key(0), X), X)
+    variables = mp.quantize(model, jax.jit(model.init)(jax.random.key(0), X), X)
     assert isinstance(variables["params"]["kernel"], nn.Partitioned)
     mp.save(tmp_path / "m", variables)
     loaded = mp.load(tmp_path / "m")
     assert_same(loaded["params"]["kernel"], variables["params"]["kernel"].value)
-    np.testing.assert_array_equal(model.apply(loaded, X), model.apply(variables, X))
+    apply = jax.jit(model.apply)
+    np.testing.assert_array_equal(apply(loaded, X), apply(variables, X))
     # Where the axes are those of a mesh, unboxing would constrain a QTensor's scale to them too.
     value = variables["params"]["kernel"].value
     mp.save(tmp_path / "m", {"w": nn.Partitioned(value, names=("x", "y"), mesh=MESH)})
@@ -328,6 +329,20 @@ def test_shardings_reach_values_scales_and_states(tmp_path):
     assert asked == ["params/channel", "params/group", "params/stored", "params/bias"] + [
         "scaling/input"
     ]
+
+
+def test_the_shardings_of_a_float_model_serve_its_quantized_weights(tmp_path):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("x", "y"))
+    policy = mp.QuantizedFloat8DTypePolicy("float8", "float32", amax_history_length=2)
+    model = mp.wrap(nn.Dense(4, kernel_init=init), policy)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    path = mp.save(tmp_path / "m", mp.quantize(model, variables, X))
+    shardings = nn.get_sharding(jax.eval_shape(model.init, jax.random.key(0), X), MESH)
+    loaded = mp.load(path, shardings=shardings)
+    kernel = loaded["params"]["kernel"]
+    assert kernel.values.sharding == on_mesh("x", "y")
+    assert kernel.scale.shape == (1, 1) and kernel.scale.sharding == on_mesh(None, None)
+    assert {x.sharding.mesh for x in jax.tree.leaves(loaded)} == {MESH}
 
 
 def test_shardings_that_do_not_fit(tmp_path):

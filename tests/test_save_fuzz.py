@@ -14,6 +14,7 @@ import pytest
 
 import mpjax as mp
 import mpjax_kernels as mk
+from mpjax._safetensors import encode_header
 
 W = jax.random.normal(jax.random.key(0), (4, 6))
 TREE = {
@@ -221,6 +222,30 @@ def test_damaged_files(saved, tmp_path):
 @pytest.mark.slow
 def test_ten_thousand_damaged_files(saved, tmp_path):
     assert run(saved, tmp_path, range(1000, 11_000)) > 0
+
+
+def test_damaged_files_of_others(tmp_path):
+    """They have no checksums, so a change may load; whatever the header says, nothing else."""
+    path = tmp_path / "m"
+    tensors = {
+        "a.weight": ((4, 6), np.int8),
+        "a.weight_scale": ((4, 1), np.float32),
+        "b": ((3,), np.float16),
+    }
+    header = encode_header({n: (np.dtype(t), s) for n, (s, t) in tensors.items()}, {})
+    whole = header + np.ones(24 + 16 + 6, np.uint8).tobytes()
+    refused = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        harms = [h for h in HARMS if h not in (splice_contents, forge)]
+        path.write_bytes(harms[seed % len(harms)](whole, rng))
+        try:
+            found = mp.load_safetensors(path)
+        except mp.ModelFileError:
+            refused += 1
+            continue
+        assert sum(x.nbytes for x in jax.tree.leaves(found)) <= path.stat().st_size, seed
+    assert 100 < refused < 300
 
 
 def test_every_byte_counts(saved, tmp_path):
