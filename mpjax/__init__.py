@@ -14,6 +14,7 @@ from ._checkpoint import save_checkpoint as save_checkpoint
 from ._export import export as export
 from ._export import load_exported as load_exported
 from ._flax_float8 import from_flax_float8 as from_flax_float8
+from ._foreign_safetensors import load_safetensors as load_safetensors
 from ._global_policy import dtype_policy as dtype_policy
 from ._global_policy import dtype_policy_scope as dtype_policy_scope
 from ._global_policy import set_dtype_policy as set_dtype_policy
@@ -21,6 +22,8 @@ from ._gradients import Gradients as Gradients
 from ._gradients import value_and_grad as value_and_grad
 from ._init_scaling import init_scaling as init_scaling
 from ._layer_policies import layer_policies as layer_policies
+from ._load import load as load
+from ._load import load_policy as load_policy
 from ._loss_scale import DynamicLossScale as DynamicLossScale
 from ._loss_scale import NoLossScale as NoLossScale
 from ._loss_scale import StaticLossScale as StaticLossScale
@@ -41,6 +44,8 @@ from ._quantization_report import QuantizedWeight as QuantizedWeight
 from ._quantize import quantize as quantize
 from ._quantized_policy import QuantizedDTypePolicy as QuantizedDTypePolicy
 from ._quantized_policy import QuantizedFloat8DTypePolicy as QuantizedFloat8DTypePolicy
+from ._safetensors import ModelFileError as ModelFileError
+from ._save import save as save
 from ._scaling import CurrentScaling as CurrentScaling
 from ._scaling import DelayedScaling as DelayedScaling
 from ._scaling import ScalingState as ScalingState

@@ -24,7 +24,7 @@ def checksum(array: Any) -> int | None:
 
 def sharding_to_restore(template: Any) -> Any:
     """The sharding that Orbax is to restore a leaf to, or None for an array on the host."""
-    return None if _is_key(template) else _committed(template)
+    return None if _is_key(template) else committed(template)
 
 
 def restored(array: Any, template: Any) -> Any:
@@ -41,7 +41,7 @@ def restored(array: Any, template: Any) -> Any:
     if _is_key(template):
         impl = jax.random.key_impl(jnp.empty((), template.dtype))
         keys = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
-        sharding = _committed(template)
+        sharding = committed(template)
         return keys if sharding is None else jax.device_put(keys, sharding)
     if on_device:
         return jnp.asarray(array)
@@ -50,7 +50,7 @@ def restored(array: Any, template: Any) -> Any:
     return array[()] if isinstance(template, np.generic) else array.item()
 
 
-def _committed(template: Any) -> Any:
+def committed(template: Any) -> Any:
     """The sharding of an array that is bound to its devices; None for any other leaf."""
     if isinstance(template, jax.ShapeDtypeStruct):
         return template.sharding
