@@ -108,23 +108,23 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     Returns:
         bool[].
     """
-    magnitudes = [_magnitude(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
-    if not magnitudes:
+    sums = [_zero_or_nan(x) for x in jax.tree.leaves(tree) if _is_inexact(x)]
+    if not sums:
         return jnp.ones((), jnp.bool_)
-    # Written to memory, or XLA computes a maximum of all leaves in every loop that asks: for a
+    # Written to memory, or XLA computes the sum of all leaves in every loop that asks: for a
     # thousand leaves a million operations to compile.
-    found = with_layout_constraint(jnp.stack(magnitudes), Layout((0,)))
-    return jnp.isfinite(jnp.max(found))
+    found = with_layout_constraint(jnp.stack(sums), Layout((0,)))
+    return jnp.sum(found) == 0
 
 
-def _magnitude(x: Any) -> Float32[Array, ""]:
-    """The largest |x|, or what is Inf or NaN in its place where an entry is."""
-    if not jnp.iscomplexobj(x) and jnp.result_type(x) != jnp.float64:
-        # A maximum is NaN where an entry is, and one pass over x; `all` makes an array of booleans.
-        initial = None if jnp.size(x) else 0  # XLA computes one more maximum with it
-        return jnp.max(jnp.abs(x), initial=initial).astype(jnp.float32)
-    # Beyond what float32 holds is not Inf; nor is an entry of which only the magnitude overflows.
-    return jnp.where(jnp.all(jnp.isfinite(x)), 0, jnp.nan).astype(jnp.float32)
+def _zero_or_nan(x: Any) -> Float32[Array, ""]:
+    """0, or NaN if an entry of `x` is not finite: one pass, and no array of booleans.
+
+    No maximum: XLA:CPU computes that of many floats by a library that loses NaN.
+    """
+    x = jnp.asarray(x)
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    return sum((jnp.sum(part * 0).astype(jnp.float32) for part in parts), jnp.float32(0))
 
 
 def _is_inexact(x: Any) -> bool:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8, Int32
 
+from ._largest import largest
+
 # A sum of more products of a digit (up to 128) and a weight (up to 127) can overflow int32.
 MOST_TERMS = (2**31 - 1) // (128 * 127)
 
@@ -31,7 +33,7 @@ def digits(
     The scale is NaN where the row is not finite, and its digits are zero.
     """
     x = x.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(x), axis=2, keepdims=True)
+    amax = largest(x, 2, keepdims=True)
     bits = jax.lax.bitcast_convert_type(amax, jnp.int32) & _EXPONENT_BITS
     power = jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.float32), _TINY)
     finite = jnp.isfinite(amax)

@@ -12,9 +12,10 @@ from ._cpu_memory import once
 from ._dot_formats import OperandFormat
 from ._formats import get_format
 from ._granularity import granularity_of
+from ._largest import largest
 from ._probe import over_shared
 from ._qtensor import QTensor
-from ._quantize import known_scale, largest, quantize, quantize_by
+from ._quantize import known_scale, quantize, quantize_by
 
 
 @dataclass(frozen=True)

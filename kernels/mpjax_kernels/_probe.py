@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
+from ._largest import largest, largest_of_devices
 from ._varying import varying_axes
 
 Probe = Float[Array, "..."] | None
@@ -53,7 +54,7 @@ def _over_batch_mapped(size: int, mapped: list[bool], amax, like):
     if like_is_mapped:
         shape = (size, *like.shape[1:])
         return (amax if amax_is_mapped else jnp.broadcast_to(amax, shape)), True
-    return _over_batch(jnp.max(amax, axis=0) if amax_is_mapped else amax, like), False
+    return _over_batch(largest(amax, 0) if amax_is_mapped else amax, like), False
 
 
 def _over_devices(amax: Float[Array, "..."], like: Probe) -> Float[Array, "..."]:
@@ -66,4 +67,4 @@ def _over_devices(amax: Float[Array, "..."], like: Probe) -> Float[Array, "..."]
         return amax
     untracked = tuple(a for a in shared if a not in varying_axes(amax))
     amax = jax.lax.pcast(amax, untracked, to="varying") if untracked else amax
-    return jax.lax.pmax(amax, shared)
+    return largest_of_devices(amax, shared)

@@ -13,6 +13,7 @@ from ._cpu_memory import once
 from ._derivative import without_derivative
 from ._formats import Format, FormatLike, get_format
 from ._granularity import Granularity, GroupSize, granularity, granularity_of
+from ._largest import largest, zero_or_nan
 from ._qtensor import QTensor, describe, in_order, validate
 from ._rounding import round_to
 from ._storage import decode, expand_scale
@@ -225,7 +226,7 @@ def _quantize_asymmetric(
     scale = jnp.where(jnp.isinf(scale * levels), jnp.nextafter(scale, 0.0), scale)
     scale = jnp.maximum(scale, _FLOAT32.tiny)
     scale = jnp.where(high == low, 1.0, scale)
-    scale = jnp.where(jnp.isfinite(high) & jnp.isfinite(low), scale, jnp.nan)
+    scale += zero_or_nan(split, blocks.reduced, keepdims=True)
     finite = jnp.isfinite(scale)
     zero_point = jnp.where(finite, target.lowest - low / scale, 0.0)
     zero_point = jnp.clip(jnp.round(zero_point), target.lowest, target.max)
@@ -238,15 +239,6 @@ def _quantize_asymmetric(
         scale.reshape(blocks.scales),
         zero_point.astype(jnp.int8).reshape(blocks.scales),
     )
-
-
-def largest(
-    x: Float[Array, "*shape"], axis: tuple[int, ...], *, keepdims: bool = False
-) -> Float[Array, "..."]:
-    """The largest `|x|` along axes; 0 where there is no entry."""
-    # A maximum has no first value to start from that costs nothing: XLA computes one more maximum.
-    initial = None if x.size else 0.0
-    return jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=initial)
 
 
 def scale_of(amax: Float[Array, "*scales"], target: Format) -> Float[Array, "*scales"]:
