@@ -1,9 +1,10 @@
 """What do 8 and 4 bits cost a real sentence encoder, and how fast are they beside ONNX Runtime?
 
-all-MiniLM-L6-v2, a BERT in plain Flax (`bert.py`) with the published weights, encodes 500 sentences
-from the docstrings of Python's standard library: in float32, in bfloat16, and quantized to int8,
-float8 and int4. The table compares the embeddings with float32's, and bytes and sentences per
-second with those of ONNX Runtime, float32 and dynamic int8, on the same weights in the same run.
+all-MiniLM-L6-v2, a BERT in plain Flax (`bert.py`) with the published weights, encodes sentences from
+the docstrings of Python's standard library, four disjoint draws of 500: in float32, in bfloat16,
+and quantized to int8, float8 and int4. The table compares the embeddings with float32's, and bytes
+and sentences per second with those of ONNX Runtime, float32 and dynamic int8, on the same weights
+in the same run.
 
     python examples/quantize_sentence_encoder.py                     # fetches 83 MB the first time
     python examples/quantize_sentence_encoder.py --float-embeddings  # tables stay in float32
@@ -65,11 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return refuse(f"{NEEDS.format(package)}, or leave ONNX Runtime out by --no-onnx")
     try:
         pretrained = load(options)
-        texts, _ = data.draw(settings.sentences, settings.calibration, options.seed, settings.part)
+        count = settings.draws * settings.sentences
+        texts, _ = data.draw(count, settings.calibration, options.seed, settings.part)
         rows = measure(pretrained, texts, settings, options, console)
     except (wheels.WheelError, DisagreementError) as error:
         return refuse(str(error))
-    console.print(make_table(rows, len(texts)))
+    title = f"{settings.draws} draws of {settings.sentences} sentences: agreement with float32,"
+    console.print(make_table(rows, f"{title} size and speed"))
     console.print(f"{time.perf_counter() - started:.0f} seconds, compilation included.")
     return 0 if options.quick or verdict(console, targets(rows, options.float_embeddings)) else 1
 
@@ -130,9 +133,10 @@ def measure(
             encoders[name] = wrapped_encoder(pretrained, policy, left)
         for name, encoder in encoders.items():
             progress.update(task, description=f"comparing {name}", advance=1)
-            quality = agreement(encoder.embed(batches), reference)
+            quality = agreement(encoder.embed(batches), reference, settings.sentences)
             rows[name] = Row(*quality, encoder.weight_bytes)
-    time_in_turns(encoders, batches, options.rounds, rows)
+    timed = data.batches(pretrained.tokenizer, texts[: settings.sentences], settings.batch)
+    time_in_turns(encoders, timed, options.rounds, rows)
     return rows
 
 

@@ -108,7 +108,9 @@ def onnx_encoders(pretrained: Pretrained, threads: int) -> dict[str, Encoder]:
     def encoder(model: Any) -> Encoder:
         session = peer.session(model, threads)
         return Encoder(
-            encode=lambda tokens, mask: session.run(None, {"tokens": tokens, "mask": mask})[0],
+            encode=lambda tokens, mask: np.asarray(
+                session.run(None, {"tokens": tokens, "mask": mask})[0]
+            ),
             weight_bytes=peer.weight_bytes(model),
         )
 

@@ -281,8 +281,11 @@ def test_agreement_of_known_vectors(example):
     assert report.nearest_neighbors(reference).tolist() == [1, 0, 1, 2]
     moved = angles + np.array([0.0, 0.15, 0.0, 0.0])  # now 0.25: nearest to 0.3, and 0.3 to it
     embeddings = np.stack([np.cos(moved), np.sin(moved)], 1).astype(np.float32)
-    cosine, neighbors = report.agreement(embeddings, reference)
+    cosine, neighbors = report.agreement(embeddings, reference, 4)
     assert cosine == pytest.approx((3 + np.cos(0.15)) / 4, abs=1e-6) and neighbors == 0.75
+    twice = np.concatenate([embeddings, reference]), np.concatenate([reference, reference])
+    assert report.agreement(*twice, 4)[1] == (0.75 + 1) / 2
+    assert report.agreement(embeddings, reference, 2)[1] == 1  # there is but one other
 
 
 def test_promises_are_judged_by_the_figures(example):
@@ -305,7 +308,7 @@ def test_a_quick_run_prints_every_row(example, capsys, tmp_path):
     main, models = example("quantize_sentence_encoder").main, example("sentence_encoder_models")
     assert main(["--quick", "--no-onnx", "--rounds", "1", "--cache", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "24 sentences" in printed and not list(tmp_path.iterdir())
+    assert "2 draws of 12 sentences" in printed and not list(tmp_path.iterdir())
     assert all(f"  {name} " in printed for name in (models.FLOAT32, *models.POLICIES))
 
 
