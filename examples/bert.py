@@ -79,54 +79,63 @@ def from_tensors(tensors: Mapping[str, np.ndarray], shape: Shape) -> dict[str, A
     Raises:
       ValueError: a tensor is missing, or has another shape.
     """
-
-    def tensor(name: str, *dims: int) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"the weights have no tensor `{name}`: they are not those of a BERT")
-        if tensors[name].shape != dims:
-            raise ValueError(f"`{name}` has shape {tensors[name].shape}, but should have {dims}")
-        return tensors[name].astype(np.float32)
-
-    def dense(name: str, into: int, out: int) -> dict[str, np.ndarray]:
-        weight = np.ascontiguousarray(tensor(f"{name}.weight", out, into).T)
-        return {"kernel": weight, "bias": tensor(f"{name}.bias", out)}
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {
-            "scale": tensor(f"{name}.weight", shape.width),
-            "bias": tensor(f"{name}.bias", shape.width),
-        }
-
-    def embed(name: str, rows: int) -> dict[str, np.ndarray]:
-        return {"embedding": tensor(f"embeddings.{name}_embeddings.weight", rows, shape.width)}
-
-    width, heads = shape.width, (shape.heads, shape.width // shape.heads)
-
-    def layer(name: str) -> dict[str, Any]:
-        attention = {
-            each: _split_output(dense(f"{name}.attention.self.{each}", width, width), heads)
-            for each in ("query", "key", "value")
-        }
-        out = dense(f"{name}.attention.output.dense", width, width)
-        attention["out"] = out | {"kernel": out["kernel"].reshape(*heads, width)}
-        return {
-            "attention": attention,
-            "attention_norm": norm(f"{name}.attention.output.LayerNorm"),
-            "up": dense(f"{name}.intermediate.dense", width, shape.inner),
-            "down": dense(f"{name}.output.dense", shape.inner, width),
-            "mlp_norm": norm(f"{name}.output.LayerNorm"),
-        }
-
+    published = _Published(tensors, shape.width)
     params = {
-        "words": embed("word", shape.vocabulary),
-        "positions": embed("position", shape.positions),
-        "types": embed("token_type", 2),
-        "norm": norm("embeddings.LayerNorm"),
+        "words": published.embed("word", shape.vocabulary),
+        "positions": published.embed("position", shape.positions),
+        "types": published.embed("token_type", 2),
+        "norm": published.norm("embeddings.LayerNorm"),
     }
-    layers = {f"layer_{i}": layer(f"encoder.layer.{i}") for i in range(shape.depth)}
-    return {"params": params | layers}
+    layers = range(shape.depth)
+    blocks = {f"layer_{i}": _layer(published, f"encoder.layer.{i}", shape) for i in layers}
+    return {"params": params | blocks}
 
 
-def _split_output(dense: dict[str, np.ndarray], heads: tuple[int, int]) -> dict[str, np.ndarray]:
-    kernel, bias = dense["kernel"], dense["bias"]
-    return {"kernel": kernel.reshape(len(kernel), *heads), "bias": bias.reshape(heads)}
+def _layer(published: "_Published", name: str, shape: Shape) -> dict[str, Any]:
+    width, heads = shape.width, (shape.heads, shape.width // shape.heads)
+    attention = {}
+    for each in ("query", "key", "value"):
+        dense = published.dense(f"{name}.attention.self.{each}", width, width)
+        kernel, bias = dense["kernel"], dense["bias"]
+        attention[each] = {"kernel": kernel.reshape(width, *heads), "bias": bias.reshape(heads)}
+    out = published.dense(f"{name}.attention.output.dense", width, width)
+    attention["out"] = out | {"kernel": out["kernel"].reshape(*heads, width)}
+    return {
+        "attention": attention,
+        "attention_norm": published.norm(f"{name}.attention.output.LayerNorm"),
+        "up": published.dense(f"{name}.intermediate.dense", width, shape.inner),
+        "down": published.dense(f"{name}.output.dense", shape.inner, width),
+        "mlp_norm": published.norm(f"{name}.output.LayerNorm"),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """Published tensors, read as the parameters of Flax's layers."""
+
+    tensors: Mapping[str, np.ndarray]
+    width: int
+
+    def tensor(self, name: str, *dims: int) -> np.ndarray:
+        if name not in self.tensors:
+            raise ValueError(f"the weights have no tensor `{name}`: they are not those of a BERT")
+        found = self.tensors[name]
+        if found.shape != dims:
+            raise ValueError(f"`{name}` has shape {found.shape}, but should have {dims}")
+        return found.astype(np.float32)
+
+    def dense(self, name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
+        weight = self.tensor(f"{name}.weight", outputs, inputs)
+        return {
+            "kernel": np.ascontiguousarray(weight.T),
+            "bias": self.tensor(f"{name}.bias", outputs),
+        }
+
+    def norm(self, name: str) -> dict[str, np.ndarray]:
+        return {
+            "scale": self.tensor(f"{name}.weight", self.width),
+            "bias": self.tensor(f"{name}.bias", self.width),
+        }
+
+    def embed(self, name: str, rows: int) -> dict[str, np.ndarray]:
+        return {"embedding": self.tensor(f"embeddings.{name}_embeddings.weight", rows, self.width)}
