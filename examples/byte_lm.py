@@ -34,11 +34,11 @@ try:
         remarks,
         targets,
         tree_bytes,
-        verdict,
         write_figure,
     )
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from verdict import verdict
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
     if package not in ("rich", "matplotlib"):

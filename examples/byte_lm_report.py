@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 FLOAT32, BFLOAT16, INT8 = "float32", "mixed_bfloat16", "int8 (from mixed_bfloat16)"
@@ -118,13 +117,6 @@ def targets(result: Result) -> list[tuple[str, bool]]:
         ),
         (f"int8: {size:.3f} of float32's weight bytes, at most 0.30", size <= 0.30),
     ]
-
-
-def verdict(console: Console, checks: list[tuple[str, bool]]) -> bool:
-    """Prints whether each target was reached; returns whether all were."""
-    for text, reached in checks:
-        console.print(f"{'reached' if reached else 'MISSED '}  {text}", highlight=False)
-    return all(reached for _, reached in checks)
 
 
 def within_one_percent(name: str, bits: float, base_name: str, base: float) -> tuple[str, bool]:

@@ -31,10 +31,10 @@ from functools import partial
 from pathlib import Path
 
 try:
-    from byte_lm_report import verdict
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from train_float8_report import Outcome, make_table, remarks, targets, write_figure
+    from verdict import verdict
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
     if package not in ("rich", "matplotlib"):
