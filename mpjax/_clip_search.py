@@ -11,7 +11,7 @@ from ._histogram import Histogram
 _CLIPS = 128
 _CLIPS_PER_OCTAVE = 16
 _ENTROPY_BINS = 2048
-_AT_ONCE = 32  # candidates, so that memory stays at a few hundred kilobytes
+_AT_ONCE = 8  # candidates: a divisor of how many there are, or the rest is compiled apart
 
 
 def percentile(histogram: Histogram, percent: float) -> Float[Array, ""]:
@@ -32,8 +32,8 @@ def least_squares_clip(histogram: Histogram, format: mk.Format) -> Float[Array, 
     """
     amax = jnp.where(histogram.amax > 0, histogram.amax, 1.0)
     width = histogram.width / amax
-    centers = jnp.minimum((jnp.arange(histogram.counts.shape[0]) + 0.5) * width, 1.0)
-    centers = centers.astype(jnp.float32)
+    index = jnp.arange(histogram.counts.shape[0]).astype(jnp.float32)
+    centers = jnp.minimum((index + 0.5) * width, 1.0)
     clips = 2.0 ** (-jnp.arange(_CLIPS, dtype=jnp.float32) / _CLIPS_PER_OCTAVE)
 
     def error(clip: Float[Array, ""]) -> Float[Array, ""]:
@@ -47,11 +47,11 @@ def least_squares_clip(histogram: Histogram, format: mk.Format) -> Float[Array, 
 def least_divergence_clip(histogram: Histogram, format: mk.Format) -> Float[Array, ""]:
     """The upper edge of the bin after which to clip for the least `divergence`.
 
-    The bins are merged to 2048. Candidates keep as many bins as the format has magnitudes, or more.
+    The bins are merged to 2048. Candidates keep more bins than the format has magnitudes.
     """
     counts = histogram.counts.reshape(_ENTROPY_BINS, -1).sum(axis=1)
     width = histogram.width * (histogram.counts.shape[0] // _ENTROPY_BINS)
-    kept = jnp.arange(2 ** (format.bits - 1), _ENTROPY_BINS + 1)
+    kept = jnp.arange(2 ** (format.bits - 1), _ENTROPY_BINS) + 1
     divergences = jax.lax.map(lambda k: divergence(counts, k, format), kept, batch_size=_AT_ONCE)
     reached = (kept - 1).astype(jnp.float32) * width <= histogram.amax
     best = kept[jnp.argmin(jnp.where(reached, divergences, jnp.inf))]

@@ -12,7 +12,10 @@ State = TypeVar("State")
 
 def amax_of(x: Float[Array, "..."]) -> Float[Array, ""]:
     """The largest |x| in float32: 0 of an empty array; NaN or infinite if an entry is."""
-    return jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0)
+    # As integers, which order positive floats as their size, and a NaN above all of them: on CPUs
+    # the maximum that XLA computes of many floats loses a NaN.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, initial=0), jnp.float32)
 
 
 def choose(amax: Float[Array, ""], after: State, before: State) -> State:

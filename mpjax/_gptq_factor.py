@@ -26,7 +26,9 @@ def damped_factor(
     """
     diagonal = jnp.diagonal(moment)
     seen = diagonal > 0
-    mean = jnp.sum(jnp.where(seen, diagonal, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
+    mean = jnp.sum(jnp.where(seen, diagonal, 0.0)) / jnp.maximum(
+        jnp.sum(seen, dtype=jnp.float32), 1.0
+    )
     unit = moment / jnp.where(mean > 0, mean, 1.0)
     identity = jnp.eye(moment.shape[0], dtype=jnp.float32)
     unit = jnp.where(seen & seen[:, None], unit, identity)

@@ -3,7 +3,7 @@
   ChannelAbsMax    the largest |x| of each input channel            [K]       SmoothQuant
   ChannelMean      the mean |x| of each input channel               [K]       AWQ
   SecondMoment     H = 2 / n sum x x^T                              [K, K]    GPTQ, AWQ
-  RowSample        rows drawn evenly from all that were seen                     [rows, K] SmoothQuant
+  RowSample        rows drawn evenly from all that were seen        [rows, K] SmoothQuant
 
 The protocol is that of an observer: `init(channels)`, `update(state, x)` for every batch, in jit,
 and `result(state)`, which is NaN throughout if a batch was not finite. A batch that is empty or all
@@ -88,7 +88,8 @@ class ChannelMean:
     def update(self, state: StatisticState, x: Float[Array, "... k"]) -> StatisticState:
         """The state after the batch `x`."""
         rows = _rows(x)
-        mean = jnp.sum(jnp.abs(rows), axis=0) / max(rows.shape[0], 1)
+        # A factor before the sum, so that it does not overflow.
+        mean = jnp.sum(jnp.abs(rows) * (1.0 / max(rows.shape[0], 1)), axis=0)
         return choose(amax_of(x), _averaged(state, mean, rows.shape[0]), state)
 
     def result(self, state: StatisticState) -> Float[Array, " k"]:
@@ -112,7 +113,7 @@ class SecondMoment:
     def update(self, state: StatisticState, x: Float[Array, "... k"]) -> StatisticState:
         """The state after the batch `x`."""
         rows = _rows(x)
-        # A factor before the product, so that neither it nor a long sum overflows.
+        # Here too: a long sum of products is larger than their mean.
         scaled = rows * (2.0 / max(rows.shape[0], 1))
         moment = jnp.matmul(scaled.T, rows, precision=jax.lax.Precision.HIGHEST)
         return choose(amax_of(x), _averaged(state, moment, rows.shape[0]), state)

@@ -62,19 +62,23 @@ class AmaxState:
     finite: Bool[Array, ""]
 
 
-def _no_amax() -> AmaxState:
-    zero = jnp.zeros((), jnp.float32)
-    return AmaxState(amax=zero, weight=zero, finite=jnp.ones((), jnp.bool_))
+class _OfAmax:
+    """The part of the protocol that keeps an amax, whatever the format."""
+
+    def init(self) -> AmaxState:
+        """The state before the first batch."""
+        zero = jnp.zeros((), jnp.float32)
+        return AmaxState(amax=zero, weight=zero, finite=jnp.ones((), jnp.bool_))
+
+    def amax(self, state: AmaxState, format: mk.Format) -> Float[Array, ""]:
+        """The amax, whatever the format."""
+        return nan_unless(state.finite, state.amax)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class AbsMax:
+class AbsMax(_OfAmax):
     """The largest |x| of all batches."""
-
-    def init(self) -> AmaxState:
-        """The state before the first batch."""
-        return _no_amax()
 
     def update(self, state: AmaxState, x: Float[Array, "..."]) -> AmaxState:
         """The state after the batch `x`."""
@@ -82,14 +86,10 @@ class AbsMax:
         after = dataclasses.replace(state, amax=jnp.maximum(state.amax, amax))
         return choose(amax, after, state)
 
-    def amax(self, state: AmaxState, format: mk.Format) -> Float[Array, ""]:
-        """The largest |x|, whatever the format."""
-        return nan_unless(state.finite, state.amax)
-
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class MovingAverage:
+class MovingAverage(_OfAmax):
     """The average of the largest |x| of each batch, the newest batches weighing most.
 
     With `a[t]` the largest |x| of batch t of n::
@@ -111,10 +111,6 @@ class MovingAverage:
         if not 0 < self.decay <= 1:
             raise ValueError(f"`decay` is {self.decay}, but must be more than 0 and at most 1")
 
-    def init(self) -> AmaxState:
-        """The state before the first batch."""
-        return _no_amax()
-
     def update(self, state: AmaxState, x: Float[Array, "..."]) -> AmaxState:
         """The state after the batch `x`."""
         amax = amax_of(x)
@@ -122,10 +118,6 @@ class MovingAverage:
         average = state.amax + (amax - state.amax) / weight
         after = dataclasses.replace(state, amax=average, weight=weight)
         return choose(amax, after, state)
-
-    def amax(self, state: AmaxState, format: mk.Format) -> Float[Array, ""]:
-        """The average, whatever the format."""
-        return nan_unless(state.finite, state.amax)
 
 
 class _OfHistogram:
@@ -146,8 +138,9 @@ class Percentile(_OfHistogram):
     """The |x| that `percent` percent of all numbers do not exceed.
 
     From a histogram: at least `numpy.percentile(|x|, percent, method="inverted_cdf")` of all the
-    data, and more by at most the width of a bin, amax / 4096. Zeros count as numbers, except those
-    of a batch that is all zero.
+    data, and more by at most the width of a bin, amax / 4096; but that the rank is a float32, which
+    may take one of two neighbors for the other. Zeros count as numbers, except those of a batch
+    that is all zero, and the amax is not 0 unless all are.
 
     Attributes:
       percent: in (0, 100]; 100 is `AbsMax`.

@@ -22,7 +22,7 @@ import mpjax_kernels as mk
 from ._output_error import exact_matmul, input_as_multiplied, weight_as_stored
 from ._stored import Stored
 
-_TINY = np.finfo(np.float32).tiny
+_FLOAT32 = np.finfo(np.float32)
 
 ALPHAS = tuple(i / 20 for i in range(5, 20))
 
@@ -58,10 +58,10 @@ def smooth_scales(
     Returns:
       float32 [K], finite and positive.
     """
-    known = (x_amax >= _TINY) & (w_amax >= _TINY)
+    known = (x_amax >= _FLOAT32.tiny) & (w_amax >= _FLOAT32.tiny)
     x, w = jnp.where(known, x_amax, 1.0), jnp.where(known, w_amax, 1.0)
     alpha = jnp.asarray(alpha, jnp.float32)
-    return x**alpha / w ** (1 - alpha)
+    return jnp.clip(x**alpha / w ** (1 - alpha), _FLOAT32.tiny, _FLOAT32.max)
 
 
 def smoothquant(
