@@ -98,7 +98,7 @@ def test_smoothing_pays_where_inputs_have_outliers(stored, ratio):
 
 
 def test_smoothing_says_when_it_does_not_pay():
-    # float8 rounds relative to each number, and an outlier has its block's scale: nothing to smooth.
+    # float8 rounds relative to each number, so there is nothing to smooth.
     x, w = layer(128, 64, outliers=True)
     found = smooth(w, amaxes(x), x[:64], BLOCKS)
     assert float(found.error) > 1.05 * float(found.plain_error) > 0
