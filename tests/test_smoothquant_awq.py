@@ -144,21 +144,23 @@ def test_the_search_agrees_with_one_written_out():
     )
 
 
-# Measured: symmetric 0.33, clipped too 0.26; asymmetric 0.31 and 0.27.
-@pytest.mark.parametrize("stored", [GROUPS, ASYMMETRIC], ids=["symmetric", "asymmetric"])
-def test_awq_pays_where_inputs_have_outliers(stored):
+# Measured: 0.33, 0.26 and 0.27 of the error of plain rounding.
+@pytest.mark.parametrize(
+    ("stored", "clip", "ratio"),
+    [(GROUPS, False, 0.5), (GROUPS, True, 0.3), (ASYMMETRIC, True, 0.35)],
+    ids=["scaled", "clipped", "asymmetric"],
+)
+def test_awq_pays_where_inputs_have_outliers(stored, clip, ratio):
     x, w = layer(128, 48, outliers=True)
-    mean, moment = np.abs(x).mean(axis=0), second_moment(x)
-    scaled, clipped = (aware(w, mean, moment, stored, clip=clip) for clip in (False, True))
-    assert float(scaled.error) <= 0.5 * float(scaled.plain_error)
-    assert float(clipped.error) <= 0.95 * float(scaled.error)
-    for found in (scaled, clipped):
-        mk.validate(found.quantized)
-        rounded = np.asarray(mk.dequantize(found.quantized)) / np.asarray(found.scales)[:, None]
-        assert float(found.error) == pytest.approx(trace_error(rounded - w, moment), rel=1e-4)
+    moment = second_moment(x)
+    found = aware(w, np.abs(x).mean(axis=0), moment, stored, clip=clip)
+    assert float(found.error) <= ratio * float(found.plain_error)
+    mk.validate(found.quantized)
+    rounded = np.asarray(mk.dequantize(found.quantized)) / np.asarray(found.scales)[:, None]
+    assert float(found.error) == pytest.approx(trace_error(rounded - w, moment), rel=1e-4)
     plain = mk.dequantize(mk.quantize(w, "int4", axis=0, group_size=64, symmetric=stored.symmetric))
     expected = trace_error(np.asarray(plain) - w, moment)
-    assert float(scaled.plain_error) == pytest.approx(expected, rel=1e-4)
+    assert float(found.plain_error) == pytest.approx(expected, rel=1e-4)
 
 
 def test_awq_is_plain_rounding_where_nothing_is_better():
