@@ -85,7 +85,7 @@ def awq(
     Raises:
       ValueError: `clip` of a weight that has no scales for each output channel.
     """
-    weight = weight.astype(jnp.float32)
+    weight, moment = weight.astype(jnp.float32), moment.astype(jnp.float32)
 
     def error(scales: Float[Array, " k"], quantized: mk.QTensor) -> Float[Array, ""]:
         rounded = mk.dequantize(quantized) / scales[:, None]

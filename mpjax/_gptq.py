@@ -81,7 +81,7 @@ def gptq(
     """
     _check(weight, moment, damp)
     plain = mk.quantize(weight, format, axis=axis, group_size=group_size, symmetric=symmetric)
-    exact = weight.astype(jnp.float32)
+    exact, moment = weight.astype(jnp.float32), moment.astype(jnp.float32)
     inputs = weight.shape[0]
     sequence = jnp.argsort(-jnp.diagonal(moment)) if order else jnp.arange(inputs)
     factor, used = damped_factor(moment[sequence][:, sequence], damp)
@@ -104,7 +104,7 @@ def _compensated(
     block: int,
 ) -> Float[Array, "k n"]:
     """The loop above. Returns q / scale: values of the format, less the zero point."""
-    inputs, outputs = weight.shape
+    inputs = weight.shape[0]
     padding = (0, -inputs % block), (0, 0)
     scale = _spread(plain.scale, plain.shape)
     zero = None if plain.zero_point is None else _spread(plain.zero_point, plain.shape)
@@ -128,7 +128,7 @@ def _compensated(
 
     start = operands[0], jnp.zeros_like(operands[0])
     _, found = jax.lax.fori_loop(0, len(operands[0]) // block, one_block, start)
-    return found[:inputs][jnp.argsort(sequence)]
+    return jnp.zeros_like(weight).at[sequence].set(found[:inputs], unique_indices=True)
 
 
 def _one_by_one(
@@ -155,9 +155,11 @@ def _on_grid(
     x: Float[Array, " n"], format: mk.Format, zero_point: Float[Array, " n"] | None = None
 ) -> Float[Array, " n"]:
     """The nearest value of the format, less the zero point."""
-    if zero_point is None:
-        return mk.dequantize(mk.quantize(x, format, scale=jnp.ones((), jnp.float32)))
-    return jnp.clip(jnp.round(x + zero_point), format.lowest, format.max) - zero_point
+    if zero_point is not None:
+        return jnp.clip(jnp.round(x + zero_point), format.lowest, format.max) - zero_point
+    if format.is_integer:
+        return jnp.clip(jnp.round(x), -format.max, format.max)
+    return mk.dequantize(mk.quantize(x, format, scale=jnp.ones((), jnp.float32)))
 
 
 def _spread(per_group: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:

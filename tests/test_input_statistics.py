@@ -17,11 +17,8 @@ each_statistic = pytest.mark.parametrize("statistic", STATISTICS, ids=lambda s: 
 update = jax.jit(lambda statistic, state, x: statistic.update(state, x))
 result_of = jax.jit(lambda statistic, state: statistic.result(state))
 
-# Batches of other shapes: [tokens, K], [sentences, tokens, K], [K].
-BATCHES = [
-    np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    for shape in [(5, K), (2, 3, K), (K,)]
-]
+rng = np.random.default_rng(0)
+BATCHES = [rng.normal(size=shape).astype(np.float32) for shape in [(5, K), (2, 3, K)]]
 ROWS = np.concatenate([batch.reshape(-1, K) for batch in BATCHES])
 
 
@@ -57,7 +54,7 @@ def test_means_of_the_largest_float32s_are_finite():
 def test_a_sample_keeps_all_rows_while_there_is_room():
     sample = result(RowSample(rows=16), *BATCHES)
     kept = sample[np.any(sample != 0, axis=1)]
-    assert len(sample) == 16 and len(kept) == 12
+    assert len(sample) == 16 and len(kept) == 11
     np.testing.assert_array_equal(np.sort(kept, axis=0), np.sort(ROWS, axis=0))
 
 

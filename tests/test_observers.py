@@ -108,7 +108,7 @@ def test_the_moving_average_forgets_by_its_decay():
     assert amax(mp.MovingAverage(1.0), *batches) == pytest.approx(14 / 3, 1e-6)
 
 
-@pytest.mark.parametrize("percent", [12.5, 50.0, 93.75, 99.90234375, 100.0])
+@pytest.mark.parametrize("percent", [12.5, 50.0, 99.90234375])
 def test_percentiles_are_within_a_bin_of_numpys(percent):
     x = np.random.default_rng(1).normal(size=(3, 1024)).astype(np.float32)
     x[0] *= np.float32(1e-3)  # so that the range grows, and numbers near 0 change their bins

@@ -70,10 +70,10 @@ def test_half_makes_inputs_and_weights_alike():
     np.testing.assert_allclose((x / s) @ (w * s[:, None]), x @ w, atol=1e-5)
 
 
-# Measured: 0.06, 0.12, 0.03 of the error of plain rounding.
+# Measured: 0.06, 0.11 and 0.34 of the error of plain rounding.
 @pytest.mark.parametrize(
     ("stored", "ratio"),
-    [(STATIC, 0.2), (DYNAMIC, 0.3), (WEIGHT_ONLY, 1.0)],
+    [(STATIC, 0.2), (DYNAMIC, 0.3), (WEIGHT_ONLY, 0.5)],
     ids=["static", "row", "none"],
 )
 def test_smoothing_pays_where_inputs_have_outliers(stored, ratio):
@@ -144,7 +144,7 @@ def test_the_search_agrees_with_one_written_out():
     )
 
 
-# Measured: 0.33, 0.26 and 0.27 of the error of plain rounding.
+# Measured: 0.31, 0.22 and 0.23 of the error of plain rounding.
 @pytest.mark.parametrize(
     ("stored", "clip", "ratio"),
     [(GROUPS, False, 0.5), (GROUPS, True, 0.3), (ASYMMETRIC, True, 0.35)],
