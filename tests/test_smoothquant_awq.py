@@ -1,5 +1,7 @@
 """SmoothQuant and AWQ: their formulas, their search, and what they gain over plain rounding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,13 @@ ASYMMETRIC = Stored("int4", "group", 64, False, None)
 
 smooth = jax.jit(smoothquant, static_argnums=(3, 4))
 aware = jax.jit(awq, static_argnames=("stored", "alphas", "clip"))
+dequantize = jax.jit(mk.dequantize)
 scales_of = jax.jit(smooth_scales)
+
+
+@functools.partial(jax.jit, static_argnames=("format", "axis", "group_size", "symmetric"))
+def rounded(x, format="int8", **how):
+    return mk.dequantize(mk.quantize(x, format, **how))
 
 
 def amaxes(x: np.ndarray) -> np.ndarray:
@@ -65,7 +73,7 @@ def test_smooth_scales_are_positive_and_finite(x, w, alpha):
 
 def test_half_makes_inputs_and_weights_alike():
     x, w = layer(64, 32, outliers=True)
-    s = np.asarray(smooth_scales(amaxes(x), np.abs(w).max(axis=1)))
+    s = np.asarray(scales_of(amaxes(x), np.abs(w).max(axis=1)))
     np.testing.assert_allclose(amaxes(x / s), np.abs(w * s[:, None]).max(axis=1), rtol=1e-5)
     np.testing.assert_allclose((x / s) @ (w * s[:, None]), x @ w, atol=1e-5)
 
@@ -85,13 +93,12 @@ def test_smoothing_pays_where_inputs_have_outliers(stored, ratio):
         (np.asarray(found.scales), found.error),
         (np.ones(128, np.float32), found.plain_error),
     ]:
-        weight = mk.dequantize(mk.quantize(w * s[:, None], "int8", axis=0))
+        weight = rounded(w * s[:, None], axis=0)
         inputs = x[:128] / s
         if stored is STATIC:
-            scale = jnp.max(jnp.asarray(amaxes(x) / s)) / 127
-            inputs = mk.dequantize(mk.quantize(inputs, "int8", scale=scale))
+            inputs = rounded(inputs, scale=np.max(amaxes(x) / s) / np.float32(127))
         elif stored is DYNAMIC:
-            inputs = mk.dequantize(mk.quantize(inputs, "int8", axis=1))
+            inputs = rounded(inputs, axis=1)
         exact = x[:128].astype(np.float64) @ w
         away = np.asarray(inputs, np.float64) @ np.asarray(weight) - exact
         assert float(error) == pytest.approx(np.sum(away**2), rel=1e-3)
@@ -156,9 +163,9 @@ def test_awq_pays_where_inputs_have_outliers(stored, clip, ratio):
     found = aware(w, np.abs(x).mean(axis=0), moment, stored, clip=clip)
     assert float(found.error) <= ratio * float(found.plain_error)
     mk.validate(found.quantized)
-    rounded = np.asarray(mk.dequantize(found.quantized)) / np.asarray(found.scales)[:, None]
-    assert float(found.error) == pytest.approx(trace_error(rounded - w, moment), rel=1e-4)
-    plain = mk.dequantize(mk.quantize(w, "int4", axis=0, group_size=64, symmetric=stored.symmetric))
+    restored = np.asarray(dequantize(found.quantized)) / np.asarray(found.scales)[:, None]
+    assert float(found.error) == pytest.approx(trace_error(restored - w, moment), rel=1e-4)
+    plain = rounded(w, "int4", axis=0, group_size=64, symmetric=stored.symmetric)
     expected = trace_error(np.asarray(plain) - w, moment)
     assert float(found.plain_error) == pytest.approx(expected, rel=1e-4)
 
