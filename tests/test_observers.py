@@ -31,7 +31,7 @@ divergence_of = jax.jit(divergence, static_argnums=2)
 rounded_by = jax.jit(lambda x, scale, format: mk.dequantize(mk.quantize(x, format, scale=scale)))
 
 
-SMALL = np.float32([1, 0.5, -0.25, 3])
+SMALL = np.array([1, 0.5, -0.25, 3], np.float32)
 
 
 def after(observer, *batches):
@@ -224,7 +224,7 @@ def test_an_empty_or_zero_batch_changes_nothing(observer):
 
 @pytest.mark.parametrize("observer", [mp.MovingAverage(), mp.Entropy()], ids=str)
 def test_a_stack_of_layers_is_a_vmap(observer):
-    x = SMALL * np.float32([[1], [2], [100]])
+    x = SMALL * np.array([[1], [2], [100]], np.float32)
     states = jax.jit(jax.vmap(lambda x: observer.update(observer.init(), x)))(x)
     found = jax.jit(jax.vmap(lambda state: observer.amax(state, mk.int8)))(states)
     alone = [amax_of(observer, update(observer, observer.init(), row), mk.int8) for row in x]
