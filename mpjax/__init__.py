@@ -35,6 +35,11 @@ from ._loss_scaled import loss_scale_of as loss_scale_of
 from ._loss_scaled import loss_scaled as loss_scaled
 from ._modes import Mode as Mode
 from ._modes import modes as modes
+from ._observers import MSE as MSE
+from ._observers import AbsMax as AbsMax
+from ._observers import Entropy as Entropy
+from ._observers import MovingAverage as MovingAverage
+from ._observers import Percentile as Percentile
 from ._policy import DTypePolicy as DTypePolicy
 from ._policy import FloatDTypePolicy as FloatDTypePolicy
 from ._policy_map import DTypePolicyMap as DTypePolicyMap
