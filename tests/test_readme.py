@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loops_run():
-    linen, nnx, _, _, linen_training, nnx_training, _ = BLOCKS
+    linen, nnx, _, _, _, linen_training, nnx_training, _ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(linen_training, scope)
@@ -41,14 +41,16 @@ def test_the_training_loops_run():
     assert scope["model"].scaling["input"][...].amax_history[0] == 1
 
 
-def test_quantized_inference(capsys):
-    linen, _, storing, exporting, *_ = BLOCKS
+def test_quantized_inference(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    linen, _, storing, saving, exporting, *_ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(storing, scope)
     assert [each.dtype for each in scope["report"].weights] == ["int4", "float8_e4m3fn"]
     assert capsys.readouterr().out == f"{scope['report']}\n"
     expected = scope["small"].apply(scope["quantized"], scope["x"])
+    exec(saving, scope)
     exec(exporting, scope)
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
 
