@@ -124,7 +124,7 @@ def _zero_or_nan(x: Any) -> Float32[Array, ""]:
     """
     x = jnp.asarray(x)
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    return sum((jnp.sum(part * 0).astype(jnp.float32) for part in parts), jnp.float32(0))
+    return sum((jnp.sum(part - part).astype(jnp.float32) for part in parts), jnp.float32(0))
 
 
 def _is_inexact(x: Any) -> bool:

@@ -1,8 +1,8 @@
 """Maxima in which what is not finite stays visible.
 
 XLA:CPU computes a maximum of more than some thousand floats by a library that loses NaN, and
-devices lose it where they compare theirs. A sum loses none: `x * 0` is 0, or NaN for an infinity
-and for a NaN.
+devices lose it where they compare theirs. A sum loses none: `x - x` is 0, or NaN for an infinity
+and for a NaN. (`x * 0` would be too, but XLA keeps an array of zeros for it.)
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def zero_or_nan(
     x: Float[Array, "*shape"], axis: Axis = None, *, keepdims: bool = False
 ) -> Float[Array, "..."]:
     """0 along axes, or NaN where an entry is not finite."""
-    return jnp.sum(x * jnp.zeros((), x.dtype), axis=axis, keepdims=keepdims)
+    return jnp.sum(x - x, axis=axis, keepdims=keepdims)
 
 
 def largest_of_devices(
