@@ -5,6 +5,9 @@ not from the parameters of our model: that both agree checks either. ONNX Runtim
 it sees fit. Its dynamic int8 is what its own `quantize_dynamic` makes of the float32 graph.
 """
 
+# ONNX comes with the extra `encoder`, which a check of types does without.
+# pyright: reportMissingImports=false
+
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
