@@ -136,3 +136,18 @@ def test_planted_overflows_leave_no_trace_but_in_the_scale(loop):
     assert len(found) == len(expected) > 8
     for a, b in zip(found, expected, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_a_skipped_step_leaves_other_collections_and_the_sign_of_a_zero():
+    model = mp.wrap(nn.Dense(2), "mixed_bfloat16")
+    params = {"kernel": jnp.full((3, 2), -0.0), "bias": jnp.zeros(2)}
+    variables = {"params": params, "batch_stats": {"mean": jnp.ones(2)}}
+    state = mp.TrainState.create(apply_fn=model.apply, variables=variables, tx=optax.sgd(0.1))
+    changed = {"batch_stats": {"mean": jnp.full(2, 5.0)}}
+    for size, mean in ((np.nan, 1), (1.0, 5)):
+        x = jnp.full((4, 3), size)
+        _, grads = state.value_and_grad(lambda v, x=x: jnp.mean(model.apply(v, x)))
+        state = state.apply_gradients(grads, collections=changed)
+        assert (state.variables["batch_stats"]["mean"] == mean).all()
+        assert np.signbit(state.params["kernel"]).all()  # -0 stays -0, and then moves down
+    assert (state.skipped_steps, state.step) == (1, 1)
