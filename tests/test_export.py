@@ -16,7 +16,11 @@ import mpjax as mp
 
 KEY = jax.random.key(0)
 X = np.asarray(jax.random.normal(KEY, (4, 128)))
-MODES = ["int8", "int8_weight_only", "int4/64", "float8", "float8/row", "float8/128x128"]
+MODES = ["int8", "int4/64", "float8/row"]
+MODES += [
+    pytest.param(mode, marks=pytest.mark.slow)
+    for mode in ("int8_weight_only", "float8", "float8/128x128")
+]
 
 
 class Net(nn.Module):

@@ -142,8 +142,18 @@ def test_a_known_scale_of_the_activation_is_used_and_clips(mode):
 # -- layers
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("mode", ["int8", "int8_weight_only", "float8/row", "float8_current"])
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "int8",
+        "float8_current",
+        *(
+            pytest.param(mode, marks=pytest.mark.slow)
+            for mode in ("int8_weight_only", "float8/row")
+        ),
+    ],
+)
 def test_convolutions(mode, groups):
     """Grouped and depthwise ones too: by the dequantized operands, in float32."""
     x = np.asarray(jax.random.normal(KEY, (2, 9, 4)))
@@ -235,7 +245,16 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "mode", ["int8", "int8_weight_only", "int4/64", "float8/row", "float8/128x128"]
+    "mode",
+    [
+        "int8",
+        "int4/64",
+        *(
+            pytest.param(mode, marks=pytest.mark.slow)
+            for mode in ("int8_weight_only", "float8/row")
+        ),
+        pytest.param("float8/128x128", marks=pytest.mark.slow),
+    ],
 )
 def test_scanned_rematerialized_and_unrolled_layers_quantize_to_equal_outputs(mode):
     x = X[:, :128]
