@@ -618,8 +618,11 @@ def test_a_quantized_global_policy_leaves_other_layers_in_its_source_precision(a
     y = output(model, variables)
     assert y.dtype == jnp.bfloat16
     quantized_y, weights = quantized(model, variables)
-    assert_trees_equal(quantized_y, y)  # a float kernel is quantized where it is used, alike
-    assert weights["embed"]["embedding"].dtype == weights["norm"]["scale"].dtype == jnp.float32
+    # A float kernel is quantized where it is used, alike; a table only where it is stored.
+    error, size = (np.linalg.norm(np.asarray(a, np.float32)) for a in (quantized_y - y, y))
+    assert error < 0.02 * size
+    assert is_qtensor(weights["embed"]["embedding"])
+    assert weights["norm"]["scale"].dtype == jnp.float32
     for layer in (weights["head"], *weights["attention"].values()):
         assert is_qtensor(layer["kernel"]) and layer["bias"].dtype == jnp.float32
 
