@@ -120,7 +120,7 @@ def _is_array(x: Any) -> bool:
 
 def _require_flatbuffers() -> None:
     try:
-        import flatbuffers  # noqa: F401, PLC0415
+        import flatbuffers  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "mp.export writes jax.export's format, which needs flatbuffers: `pip install "
