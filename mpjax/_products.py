@@ -93,8 +93,16 @@ class _QuantizedProduct:
         self.states.observe({name: found[name] for name in states if name in found})
         return out
 
-    def _activation(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array | mk.QTensor:
+    def _activation(
+        self, x: jax.Array, weight: mk.QTensor, axes: tuple[int, ...]
+    ) -> jax.Array | mk.QTensor:
         """The other operand of a stored weight: `axes` are those that a row of it has."""
+        if weight.format.name != self.stored.format:
+            raise TypeError(
+                f"a weight is stored in {weight.format.name} ({weight!r}), but the policy of its "
+                f"layer stores {self.stored.format}: apply quantized variables with the policy "
+                "that they were quantized under"
+            )
         how = self.stored.activation
         if how is None:
             return x
@@ -150,7 +158,7 @@ class QuantizedDotGeneral(_QuantizedProduct):
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
         if isinstance(rhs, mk.QTensor):
-            x = self._activation(lhs, tuple(lhs_axes))
+            x = self._activation(lhs, rhs, tuple(lhs_axes))
             return mk.dot_general(x, rhs, dimension_numbers, implementation=_IN_8_BITS, **options)
         if self.formats is None:
             return jax.lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, **options)
@@ -203,7 +211,7 @@ class QuantizedEinsum(_QuantizedProduct):
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
         if isinstance(rhs, mk.QTensor):
-            x = self._activation(lhs, lhs_axes)
+            x = self._activation(lhs, rhs, lhs_axes)
             return mk.einsum(equation, x, rhs, implementation=_IN_8_BITS, **options)
         if self.formats is None:
             return jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), **options)
@@ -242,7 +250,7 @@ class QuantizedConv(_QuantizedProduct):
         }
         how = {"implementation": _CONV_IN_8_BITS, **options}
         if isinstance(rhs, mk.QTensor):
-            x = self._activation(lhs, tuple(sorted(spec.lhs_spec[1:])))
+            x = self._activation(lhs, rhs, tuple(sorted(spec.lhs_spec[1:])))
             return mk.conv_general_dilated(x, rhs, window_strides, padding, **how)
         if self.formats is None:
             rhs = rhs.astype(lhs.dtype)

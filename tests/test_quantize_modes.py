@@ -341,3 +341,10 @@ def test_groups_are_neighbours_in_the_last_axes(shape, size, expected):
 def test_groups_that_do_not_divide_are_refused(shape, size):
     with pytest.raises(CannotStoreError, match=rf"group.* of {size}"):
         runs(shape, size)
+
+
+def test_weights_of_another_format_are_refused():
+    quantized = quantized_dense("int4/64")[1]
+    other = mp.wrap(nn.Dense(128, use_bias=False), "int8_from_float32")
+    with pytest.raises(TypeError, match="stored in int4 .* of its layer stores int8: apply"):
+        other.apply(quantized, X)
