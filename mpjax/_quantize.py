@@ -10,14 +10,25 @@ from jax.core import Tracer
 
 import mpjax_kernels as mk
 
+from ._calibration import ask, split_method
 from ._context import Product
+from ._observers import Observer
+from ._prescaled import is_stored
 from ._quantization_report import QuantizationReport
 from ._stored import CannotStoreError, Stored, cut
 from ._wrap import policies_of, wrapped_adapter_of
 
 
 def quantize(
-    model: Any, variables: Any = None, *args: Any, return_report: bool = False, **kwargs: Any
+    model: Any,
+    variables: Any = None,
+    *args: Any,
+    calibration: Any = None,
+    method: Any = None,
+    observer: Observer | None = None,
+    progress: bool | None = None,
+    return_report: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Turns the weights of a wrapped model's quantized layers into 8 or 4 bits.
 
@@ -64,7 +75,11 @@ def quantize(
       UserWarning: weights were left in their source precision, see `return_report`.
     """
     adapter = wrapped_adapter_of(model)
-    quantized, report = adapter.quantize(model, variables, *args, **kwargs)
+    method, called = split_method(method, model)
+    kwargs = kwargs if called is None else {**kwargs, "method": called}
+    policies = policies_of(adapter.policy_of(model))
+    asked = ask(policies, calibration, method, observer, progress, variables)
+    quantized, report = adapter.quantize(asked, model, variables, *args, **kwargs)
     if not report.quantized:
         raise _nothing_to_quantize(report, type(model).__name__, adapter.policy_of(model))
     if return_report:
@@ -108,7 +123,7 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
       CannotStoreError: the weight cannot be cut as `stored` asks.
       ValueError: the weight is quantized already, or holds a NaN or an infinity.
     """
-    if isinstance(weight, mk.QTensor):
+    if is_stored(weight):
         raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
     if product.is_conv and stored.granularity not in ("tensor", "channel"):
         raise CannotStoreError(
@@ -116,8 +131,7 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
         )
     axis, group_size = cut(stored, product.shape, product.contracting)
     array = jnp.asarray(weight)
-    if not isinstance(array, Tracer):
-        _check_finite(array, path)
+    check_finite(array, path)
     return _stored(array, stored.format, axis, group_size, stored.symmetric)
 
 
@@ -126,7 +140,10 @@ def _stored(weight: Any, format: str, axis: Any, group_size: Any, symmetric: boo
     return mk.quantize(weight, format, axis=axis, group_size=group_size, symmetric=symmetric)
 
 
-def _check_finite(weight: jax.Array, path: str) -> None:
+def check_finite(weight: jax.Array, path: str) -> None:
+    """Raises ValueError if a weight holds a NaN or an infinity; of a tracer nothing is known."""
+    if isinstance(weight, Tracer):
+        return
     bad = int(_non_finite(weight))
     if bad:
         raise ValueError(

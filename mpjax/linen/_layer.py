@@ -9,12 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import mpjax_kernels as mk
-
 from .._adapters import floating_name
 from .._cast import cast_floating, in_dtypes_of
 from .._context import active
 from .._policy import DTypePolicy
+from .._prescaled import is_stored
 
 
 def author_dtype(module: nn.Module) -> str | None:
@@ -86,7 +85,7 @@ class Layer:
             frame.observation.ranks[path] = max(ranks, default=0)
 
     def _check_quantized(self, name: str, value: Any) -> None:
-        if isinstance(value, mk.QTensor) and self.policy.quantization_mode is None:
+        if is_stored(value) and self.policy.quantization_mode is None:
             raise TypeError(
                 f"parameter '{name}' of layer '{self.full_path}' is quantized ({value!r}), but the "
                 f"layer's policy is {self.policy!r}: apply quantized variables with the model that "

@@ -1,5 +1,6 @@
 """`quantize` and `layer_policies` for Linen: trace one call, and see which layers it meets."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
-import mpjax_kernels as mk
-
+from .._calibrated import Calibrated, round_weight
+from .._calibration import Calibration
+from .._calibration_batches import first_and_all
 from .._context import Observation, Product, observe
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
+from .._prescaled import is_stored
 from .._quantization_report import (
     QuantizationReport,
     QuantizedWeight,
@@ -23,31 +26,57 @@ from .._quantization_report import (
 )
 from .._quantize import quantize_weight
 from .._stored import CannotStoreError, stored_of
+from ._calibrate import calibrate, refuse_mutable, with_scales
 from ._states import COLLECTION
 from ._wrap import policy_of
 
 
 def quantize(
-    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+    calibration: Calibration | None, model: nn.Module, variables: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
     variables = _check_variables(variables, "mp.quantize(model, variables, x)")
+    calibrated, batches = None, iter(())
+    if calibration is not None:
+        refuse_mutable(kwargs)
+        first, batches = first_and_all(calibration.batches, kwargs)
+        args, kwargs = (args, kwargs) if args else first
+        if COLLECTION not in variables:
+            variables = init_scaling(model, variables, *args, **kwargs)
     observation = trace(model, variables, *args, **kwargs)
-    params, rows = unfreeze(variables["params"]), {}
-    for path, product in observation.products.items():
-        name = join(("params", path, product.name)) if path else join(("params", product.name))
-        rows[name] = _replace(params, path, product, observation.policies[path], name)
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_stored):
-        name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
-        rank = observation.ranks.get(name.removeprefix("params/"), len(jnp.shape(leaf)))
-        is_weight = rank > 1 and not name.endswith("/bias")
-        if is_weight and name not in rows and not _is_stored(leaf):
-            rows[name] = _left(model, observation, name, leaf)
-    report = QuantizationReport(tuple(rows.values()))
-    quantized = {**variables, "params": params}
+    if calibration is not None and observation.products:
+        # Before the batches run, which may take long.
+        rounded = jax.eval_shape(lambda v: _stored(None, observation, model, v)[0], variables)
+        _check_applies(model, rounded, *args, **kwargs)
+        calibrated = calibrate(calibration, batches, model, variables, observation)
+    quantized, report = _stored(calibrated, observation, model, variables)
     if report.quantized:
         _check_applies(model, quantized, *args, **kwargs)
     return freeze(quantized) if isinstance(variables, FrozenDict) else quantized, report
+
+
+def _stored(
+    calibrated: Calibrated | None,
+    observation: Observation,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+) -> tuple[dict[str, Any], QuantizationReport]:
+    """The variables with stored weights, and calibrated scales where there are such."""
+    params, rows = unfreeze(variables["params"]), {}
+    for path, product in observation.products.items():
+        name = join(("params", path, product.name)) if path else join(("params", product.name))
+        policy = observation.policies[path]
+        rows[name] = _replace(params, path, product, policy, name, calibrated)
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored):
+        name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
+        rank = observation.ranks.get(name.removeprefix("params/"), len(jnp.shape(leaf)))
+        is_weight = rank > 1 and not name.endswith("/bias")
+        if is_weight and name not in rows and not is_stored(leaf):
+            rows[name] = _left(model, observation, name, leaf)
+    quantized = {**variables, "params": params}
+    if calibrated is not None and COLLECTION in variables:
+        quantized[COLLECTION] = with_scales(calibrated, quantized)
+    return quantized, QuantizationReport(tuple(rows.values()))
 
 
 def _left(model: nn.Module, observation: Observation, name: str, leaf: Any) -> QuantizedWeight:
@@ -121,7 +150,12 @@ def _trace(run: Callable[[], Any], model: nn.Module) -> None:
 
 
 def _replace(
-    params: dict[str, Any], path: str, product: Product, policy: DTypePolicy, name: str
+    params: dict[str, Any],
+    path: str,
+    product: Product,
+    policy: DTypePolicy,
+    name: str,
+    calibrated: Calibrated | None,
 ) -> QuantizedWeight:
     """Stores one weight as its policy asks, in place; the row that says so, or why not."""
     owner = params
@@ -137,17 +171,14 @@ def _replace(
         )
     stored = stored_of(policy)
     assert stored is not None, f"{name} is multiplied as quantized under {policy!r}"
+    plain = functools.partial(quantize_weight, stored=stored, product=product, path=name)
     try:
-        quantized = quantize_weight(weight, stored, product, name)
+        quantized, rounding = round_weight(calibrated, name, weight, plain)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
     is_boxed = isinstance(boxed, meta.AxisMetadata)
     owner[product.name] = boxed.replace_boxed(quantized) if is_boxed else quantized
-    return quantized_weight(name, weight, quantized)
-
-
-def _is_stored(x: Any) -> bool:
-    return isinstance(x, mk.QTensor)
+    return quantized_weight(name, weight, quantized, rounding)
 
 
 def layer_policies(

@@ -1,13 +1,15 @@
 """`quantize` for NNX: a layer knows its own axes, so nothing is traced."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
-import mpjax_kernels as mk
-
 from .._adapters import POLICY
+from .._calibrated import Calibrated, round_weight
+from .._calibration import Calibration, plan_of
+from .._calibration_batches import first_and_all
 from .._context import Product
 from .._paths import join
 from .._policy import DTypePolicy
@@ -18,39 +20,74 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import quantize_weight
+from .._quantize import check_finite, quantize_weight
 from .._stored import CannotStoreError, Stored, stored_of
+from ._calibrate import calibrate, check_runs, scales_of, scaling_of
 from ._rules import NORMS
 from ._wrap import author_dtype
 
 
 def quantize(
-    model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
+    calibration: Calibration | None,
+    model: nnx.Module,
+    variables: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if variables is not None or args or kwargs:
+    if variables is not None or args or (kwargs and calibration is None):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
-            "nothing else"
+            "nothing else, but for calibration=batches and what goes with that"
         )
+    weights = {path: (weight, layer) for path, weight, layer in _weights(model)}
+    products = {path: _product_of(layer, x, path) for path, (x, layer) in weights.items()}
+    calibrated = None
+    if calibration is not None and any(product for product, _, _ in products.values()):
+        calibrated = _calibrated(calibration, model, weights, products, kwargs)
     rows: list[QuantizedWeight] = []
-    replaced: list[tuple[Any, mk.QTensor]] = []
-    for path, weight, layer in _weights(model):
+    replaced: dict[str, Any] = {}
+    for path, (weight, _) in weights.items():
         value = weight.get_raw_value()
-        product, stored, reason = _product_of(layer, weight, path)
+        product, stored, reason = products[path]
         if product is None or stored is None:
             rows.append(left_weight(path, value, reason, wanted=stored is not None))
             continue
+        plain = functools.partial(quantize_weight, stored=stored, product=product, path=path)
         try:
-            quantized = quantize_weight(value, stored, product, path)
+            replaced[path], rounding = round_weight(calibrated, path, value, plain)
         except CannotStoreError as error:
             rows.append(left_weight(path, value, str(error), wanted=True))
             continue
-        rows.append(quantized_weight(path, value, quantized))
-        replaced.append((weight, quantized))
-    for weight, quantized in replaced:  # after the last check: a NaN leaves the model as it was
-        weight.set_raw_value(quantized)
+        rows.append(quantized_weight(path, value, replaced[path], rounding))
+    scales = {} if calibrated is None else scales_of(calibrated, replaced)
+    # After the last check: a NaN leaves the model as it was.
+    for path, quantized in replaced.items():
+        weights[path][0].set_raw_value(quantized)
+    for path, variable in scaling_of(model).items():
+        if path in scales:
+            variable.set_raw_value(scales[path])
     return model, QuantizationReport(tuple(rows))
+
+
+def _calibrated(
+    calibration: Calibration,
+    model: nnx.Module,
+    weights: Mapping[str, Any],
+    products: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+) -> Calibrated:
+    """What the batches tell."""
+    first, batches = first_and_all(calibration.batches, kwargs)
+    check_runs(model, first)
+    plans = {}
+    for path, (product, stored, _) in products.items():
+        weight, layer = weights[path]
+        if product is not None and stored is not None:
+            policy, value = getattr(type(layer), POLICY), weight.get_raw_value()
+            check_finite(value, path)
+            plans[path] = plan_of(calibration, policy, product, tuple(value.shape))
+    return calibrate(calibration, batches, model, plans)
 
 
 def _weights(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -85,22 +122,26 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
     axes = _contracting(layer)
     if isinstance(axes, str):
         return None, stored, axes
-    ndim, contracting = axes
+    ndim, contracting, batch = axes
     shape = weight.get_raw_value().shape
-    product = Product(name, shape[len(shape) - ndim :], contracting, kind == "conv_general_dilated")
-    return product, stored, ""
+    is_conv = kind == "conv_general_dilated"
+    return Product(name, shape[len(shape) - ndim :], contracting, is_conv, batch), stored, ""
 
 
-def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
-    """The rank of a layer's kernel and the axes that its product sums over, or why not."""
+def _contracting(layer: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]] | str:
+    """The rank of a layer's kernel, the axes that its product sums over and those that it shares.
+
+    Or why there are none.
+    """
     if isinstance(layer, nnx.Linear):
-        return 2, (0,)
+        return 2, (0,), ()
     if isinstance(layer, nnx.LinearGeneral):
         batch, inputs = len(layer.batch_axis), len(layer.in_features)
-        return batch + inputs + len(layer.out_features), tuple(range(batch, batch + inputs))
+        summed = tuple(range(batch, batch + inputs))
+        return batch + inputs + len(layer.out_features), summed, tuple(range(batch))
     if isinstance(layer, nnx.Conv):
         ndim = len(layer.kernel_size) + 2
-        return ndim, tuple(range(ndim - 1))
+        return ndim, tuple(range(ndim - 1)), ()
     if layer.einsum_str is None:
         return "its equation is given at each call: build the layer with einsum_str="
     operand, _, output = layer.einsum_str.replace(" ", "").partition("->")
@@ -108,4 +149,4 @@ def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
     if "." in rhs:
         return f"its own term of {layer.einsum_str!r} has an ellipsis: spell its axes out"
     summed = tuple(i for i, c in enumerate(rhs) if c in lhs and c not in output)
-    return len(rhs), summed
+    return len(rhs), summed, tuple(i for i, c in enumerate(rhs) if c in lhs and c in output)
