@@ -95,16 +95,15 @@ def plan_of(
 
 
 def _why_not(method: str, product: Product, stored: Stored) -> str:
+    """Why a weight is rounded to nearest although a method was asked for; empty if it is not."""
     if product.name == "embedding":
-        return (
-            f"{method} is for weights that inputs are multiplied by; rows of a table are looked up"
-        )
+        return "rounded to nearest: a table is looked up"
     if product.is_conv:
-        return f"{method} is for matrix products, and this is a convolution"
+        return f"rounded to nearest: {method} is for matrix products, and this is a convolution"
     if product.batch:
-        return f"{method} is not built for products with batch axes"
+        return f"rounded to nearest: {method} is not built for products with batch axes"
     if method == "awq" and stored.activation is not None:
-        return "awq does not see how activations are rounded: take smoothquant for this policy"
+        return "rounded to nearest: awq is for activations that are not quantized"
     try:
         cut(stored, product.shape, product.contracting)
     except CannotStoreError as error:

@@ -12,6 +12,7 @@ twice those of both calls.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ class ObservedWeight:
         rest = [axis for axis in range(x.ndim) if axis not in order]
         moved = jax.lax.stop_gradient(jnp.transpose(x, (*rest, *order)))
         rows = moved.reshape(*moved.shape[: len(rest)], -1)
-        states = {name: each.update(self.states[name], rows) for name, each in self.statistics}
+        states = {name: _updated(each, self.states[name], rows) for name, each in self.statistics}
         return dataclasses.replace(self, states=states)
 
 
@@ -111,8 +112,13 @@ class ObservedScaling:
     def with_operand(self, x: Float[Array, "..."]) -> "ObservedScaling":
         """The same, with one more operand observed."""
         _meet(self.path)
-        observed = self.observer.update(self.observed, jax.lax.stop_gradient(x))
+        observed = _updated(self.observer, self.observed, jax.lax.stop_gradient(x))
         return dataclasses.replace(self, observed=observed)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # layers alike are traced once
+def _updated(observer: Any, state: Any, x: Float[Array, "..."]) -> Any:
+    return observer.update(state, x)
 
 
 def stacked(state: Any, layers: tuple[int, ...]) -> Any:
