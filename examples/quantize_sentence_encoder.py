@@ -2,10 +2,9 @@
 
 all-MiniLM-L6-v2, a BERT in plain Flax (`bert.py`) with the published weights, encodes sentences
 from the docstrings of Python's standard library, four disjoint draws of 500: in float32, in
-bfloat16, and quantized to int8, float8 and int4, by SmoothQuant and GPTQ too, which learn from
-other sentences. The table compares the embeddings with float32's,
-and bytes and sentences per second with those of ONNX Runtime, float32 and dynamic int8, on the same
-weights in the same run.
+bfloat16, and quantized to int8, float8 and int4, also by SmoothQuant and GPTQ, which learn from
+128 other sentences. The table compares the embeddings with float32's, and bytes and sentences per
+second with those of ONNX Runtime, float32 and dynamic int8, on the same weights in the same run.
 
     python examples/quantize_sentence_encoder.py                     # fetches 83 MB the first time
     python examples/quantize_sentence_encoder.py --float-embeddings  # tables stay in float32

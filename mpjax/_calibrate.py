@@ -117,13 +117,12 @@ def _check_finite(finite: Any, number: int, observed: Sequence[str]) -> None:
             where = "" if good.ndim == 0 else f" (number {int(good.ravel().argmin())} of a stack)"
             raise ValueError(
                 f"batch {number} of `calibration` is finite, but makes {_operand(path)}{where} NaN "
-                "or infinite, which is not to be learned from. Nothing was changed; leave the batch "
-                "out, or find out why"
+                "or infinite. Nothing was changed; leave the batch out, or find out why"
             )
 
 
 def _operand(path: str) -> str:
-    """What observes, by its path in Linen's variables or an NNX model, as the operand of a layer."""
+    """What a path in Linen's variables or in an NNX model observes, in words."""
     *layer, name = path.split("/")
     layer = layer[1:] if layer[:1] in (["params"], ["scaling"]) else layer
     layer = layer[:-1] if layer[-1:] == ["scaling"] else layer

@@ -58,6 +58,11 @@ class Watch:
         return ObservedScaling(self.scaling[path], states[path], self.observer, path)
 
 
+def needs_scale(name: str) -> bool:
+    """Whether inference uses the scale of a state: of an input, and of any operand in attention."""
+    return name.endswith("input") or name.endswith("_kernel")
+
+
 def states_after(leaf: ObservedWeight | ObservedScaling) -> Any:
     """What `Watch.start` has under the path of what stood in for a leaf."""
     return leaf.states if isinstance(leaf, ObservedWeight) else leaf.observed

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 import mpjax_kernels as mk
 
 from ._awq import awq
-from ._calibration import STATISTICS, WeightPlan
+from ._calibration import WeightPlan
 from ._gptq import gptq
 from ._observers import AbsMax, Observer
 from ._output_error import exact_matmul, output_error

@@ -44,9 +44,9 @@ def first_and_all(batches: Any, kwargs: Mapping[str, Any]) -> tuple[Batch, Itera
       TypeError: `batches` is no iterable of batches.
       ValueError: there is none, or the first has no rows.
     """
-    if isinstance(batches, Mapping | str | bytes) or hasattr(batches, "shape"):
-        got = f"{type(batches).__name__}"
-        got += f" of shape {batches.shape}" if hasattr(batches, "shape") else ""
+    shape = getattr(batches, "shape", None)
+    if isinstance(batches, Mapping | str | bytes) or shape is not None:
+        got = type(batches).__name__ + ("" if shape is None else f" of shape {shape}")
         raise TypeError(f"{_HOW}; got a {got}: put a single batch into a list")
     if not isinstance(batches, Iterable):
         raise TypeError(f"{_HOW}; got a {type(batches).__name__}")

@@ -6,9 +6,9 @@ A wrapped model computes with float weights then, in the compute dtype of its po
   ObservedScaling   a scaling state, with an observer of the operand whose scale it holds
 
 are in the places of the leaves that they observe. Being leaves of the parameters and of the
-scaling states, they pass through whatever a model's own `nn.scan`, `vmap`, `remat` or `nnx` transform
-does with those, so each layer of a stack gets statistics of its own, and a layer that is called
-twice those of both calls.
+scaling states, they pass through whatever a model's own `nn.scan`, `vmap` or `remat`, or the
+transforms of NNX, do with those: each layer of a stack gets statistics of its own, and a layer that
+is called twice those of both calls.
 """
 
 import dataclasses

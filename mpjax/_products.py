@@ -23,11 +23,11 @@ import mpjax_kernels as mk
 from ._context import Product, active, calibration_in_progress
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
-from ._prescaled import PreScaledWeight, is_stored, prescaled
+from ._prescaled import PreScaledWeight, prescaled
 from ._scaling import ScalingState
 from ._stored import Stored, runs
 
-Operand = jax.Array | mk.QTensor | PreScaledWeight | ObservedWeight
+Operand = jax.Array | mk.QTensor | PreScaledWeight
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
 _IN_8_BITS = ("cpu", "gpu", "xla")
@@ -95,12 +95,12 @@ class _QuantizedProduct:
     kernel: Kernel | None = None
 
     def _calibrating(
-        self, lhs: jax.Array, rhs: Operand, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
+        self, lhs: jax.Array, rhs: Any, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
     ) -> jax.Array | None:
         """While batches run for calibration: observes, and returns the float kernel; else None."""
         if calibration_in_progress() is None:
             return None
-        operands: dict[str, Any] = {"input": lhs, "kernel": rhs}
+        operands = {"input": lhs, "kernel": rhs}
         self.states.write(
             {
                 name: state.with_operand(operands[name])
@@ -188,7 +188,7 @@ def _probes(states: Mapping[str, ScalingState]) -> mk.DotScales:
 
 
 class QuantizedDotGeneral(_QuantizedProduct):
-    """`lax.dot_general(activation, kernel)` in 8 bits; the kernel an array or a `QTensor`."""
+    """`lax.dot_general(activation, kernel)` in 8 bits; the kernel an array or stored."""
 
     def __call__(
         self,
@@ -208,7 +208,7 @@ class QuantizedDotGeneral(_QuantizedProduct):
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
-        if is_stored(rhs):
+        if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
             return mk.dot_general(x, w, dimension_numbers, implementation=_IN_8_BITS, **options)
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
@@ -266,7 +266,7 @@ class QuantizedEinsum(_QuantizedProduct):
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
-        if is_stored(rhs):
+        if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
             return mk.einsum(equation, x, w, implementation=_IN_8_BITS, **options)
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
@@ -283,7 +283,7 @@ class QuantizedConv(_QuantizedProduct):
     def __call__(
         self,
         lhs: jax.Array,
-        rhs: Operand,
+        rhs: jax.Array | mk.QTensor,
         window_strides: Any,
         padding: Any,
         lhs_dilation: Any = None,

@@ -470,7 +470,8 @@ def test_a_stack_of_nnx_layers_has_statistics_of_each(mode):
     weight = model.layers.kernel.get_raw_value()
     assert weight.pre_quant_scale.shape == (2, 128, 1)
     if mode == "int8_static":
-        smooth = [np.abs(x * s[:, 0]).max() for x, s in zip(seen, weight.pre_quant_scale)]
+        scales = np.asarray(weight.pre_quant_scale)
+        smooth = [np.abs(x * s[:, 0]).max() for x, s in zip(seen, scales, strict=True)]
         scale = model.layers.scaling["input"].get_raw_value().scale
         np.testing.assert_allclose(scale, np.asarray(smooth) / 127, rtol=1e-4)
     assert relative_error(model(INPUTS), exact) < 0.03

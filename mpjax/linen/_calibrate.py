@@ -10,7 +10,7 @@ from flax import errors
 from flax.core import meta, unfreeze
 
 from .._calibrate import run
-from .._calibrated import Calibrated, Watch, is_observed, states_after
+from .._calibrated import Calibrated, Watch, is_observed, needs_scale, states_after
 from .._calibration import Calibration, check_plans, plan_of
 from .._calibration_batches import Batch, with_progress
 from .._context import Observation, observe
@@ -98,11 +98,6 @@ def _watch(
         if is_state(leaf) and needs_scale(keys[-1].key):
             scaling[join((COLLECTION, *(key.key for key in keys)))] = leaf
     return Watch(plans, scaling, calibration.observer)
-
-
-def needs_scale(name: str) -> bool:
-    """Whether inference uses the scale of a state: of an input, and of any operand in attention."""
-    return name.endswith("input") or name.endswith("_kernel")
 
 
 def _replaced(variables: Any, watch: Watch, states: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Calibration for NNX: a copy of the model called on batches, with observers among its variables."""
+"""Calibration for NNX: a copy of the model called on batches, observers among its variables."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from .._calibrate import run
-from .._calibrated import Calibrated, Watch, is_observed, states_after
+from .._calibrated import Calibrated, Watch, is_observed, needs_scale, states_after
 from .._calibration import Calibration, WeightPlan, check_plans
 from .._calibration_batches import Batch, with_progress
 from .._context import Frame, Observation, active
@@ -39,7 +39,7 @@ def calibrate(
         arrays: Any, states: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
         copy = nnx.merge(graph, arrays)
-        variables = {join(path): x for path, x in nnx.iter_graph(copy) if path_is_of(x)}
+        variables = {join(path): x for path, x in nnx.iter_graph(copy) if can_be_observed(x)}
         for path, variable in variables.items():
             if path in plans:
                 variable.set_raw_value(watch.weight(path, variable.get_raw_value(), states))
@@ -55,7 +55,7 @@ def calibrate(
     return Calibrated(watch, states)
 
 
-def path_is_of(x: Any) -> bool:
+def can_be_observed(x: Any) -> bool:
     """Whether a node of a graph is a variable that may be observed."""
     return isinstance(x, nnx.Param | Scaling)
 
@@ -65,7 +65,7 @@ def scaling_of(model: nnx.Module) -> dict[str, Scaling]:
     return {
         join(path): x
         for path, x in nnx.iter_graph(model)
-        if isinstance(x, Scaling) and (path[-1].endswith("input") or path[-1].endswith("_kernel"))
+        if isinstance(x, Scaling) and needs_scale(str(path[-1]))
     }
 
 
