@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 import mpjax_kernels as mk
 
-from ._calibration import ask, split_method
+from ._calibration_request import ask, split_method
 from ._context import Product
 from ._observers import Observer
 from ._prescaled import is_stored
@@ -44,35 +44,77 @@ def quantize(
         float8_current      E4M3, per tensor                E4M3, per tensor, at every call
         float8/row          E4M3, per output channel        E4M3, per row, at every call
         float8/128x128      E4M3, per block of 128 x 128    E4M3, per 128 of a row, at every call
+        gptq/4/128          as int4/128, by GPTQ            in the compute dtype
+        awq/4/128           as int4/128, by AWQ             in the compute dtype
 
     (`int8_delayed` as `int8_static`.) The wrapped model applies the result. int8 products
     accumulate in int32, float8 in float32. No float copy of a quantized weight is kept.
+
+    With `calibration`, batches run through the float model, in the compute dtype and under jit, and
+    one of them is held at a time. They decide
+
+        static and delayed scales   the `scaling` states get what `observer` makes of the inputs
+        method="smoothquant"        a multiplier per input channel that suits weight and activation
+        method="awq"                the same for weights alone, where activations stay floats
+        method="gptq"               which of its neighbours a weight is rounded to
+
+    Of a method and rounding to nearest, each layer (of a stack, too) keeps the one whose outputs
+    are closer to the float ones on these batches; the report has both errors. A multiplier is
+    stored with the weight. Methods are for dense layers, einsums and attention projections;
+    convolutions, tables and products with batch axes are rounded to nearest, as the report says.
 
     Args:
       model: a wrapped Linen or NNX module, under a policy such as `"int8_from_mixed_bfloat16"`.
       variables: Linen: the variables to quantize, `{"params": ..., ...}`, as `apply` takes them.
         NNX: nothing, the model holds its weights.
       *args: Linen: the arguments of one call, `x`. Arrays may be `jax.ShapeDtypeStruct`s: the call
-        is traced to meet the layers, never run. NNX: nothing.
+        is traced to meet the layers, never run. With `calibration` they may be left out, and the
+        first batch serves. NNX: nothing.
+      calibration: an iterable of batches, in any number, such as a generator. A batch is what the
+        model is called with: a tuple of positional arguments, a dict of keyword arguments, or
+        anything else as the one argument (so a dict or tuple that is itself the argument goes into
+        a tuple). Each shape is compiled once. Give the arguments of inference (`train=False`).
+      method: how weights are rounded: `"smoothquant"`, `"awq"` or `"gptq"`; None: to nearest, or
+        as the policy says. Linen: a function, or the name of a method of the model, is instead
+        what Flax' `apply` calls in place of `__call__`; beside a method of rounding it may stand
+        in the batches, `{"x": x, "method": "encode"}`.
+      observer: what static scales are made from: `AbsMax()` (the default), `Percentile()`,
+        `MSE()`, `MovingAverage()` or `Entropy()`. What SmoothQuant has smoothed is judged by the
+        256 rows that it keeps as a sample, but for `AbsMax()`, which is exact.
+      progress: whether to show a bar (needs tqdm); None: where it is installed and standard error
+        is a terminal.
       return_report: whether to return a `QuantizationReport` too, which says of every weight how
         it is stored, or why it was left. Without it, weights that were left although their policy
         quantizes them are warned of.
       **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...).
 
     Returns:
-      Linen: new variables of the same structure, with `QTensor`s in place of the weights.
+      Linen: new variables of the same structure, with `QTensor`s in place of the weights (or
+      `PreScaledWeight`s, a QTensor and the multiplier of its inputs), and the collection
+      `scaling` where there are static scales.
       NNX: the same model, its weights replaced in place.
       With `return_report=True`, a pair of that and the `QuantizationReport`.
 
     Raises:
       ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
-        another model, are quantized already, or hold a NaN or an infinity (named by its path).
-      TypeError: `model` is not a Flax module, or arguments are missing.
+        another model, are quantized already, or hold a NaN or an infinity (named by its path). Of
+        `calibration`: it is empty, has a batch without rows or with a NaN, or makes one in a layer
+        (batch, layer and operand are named), nothing needs it, or it is needed and missing; a
+        `method` is unknown, ambiguous or not the policy's. Nothing is changed then.
+      TypeError: `model` is not a Flax module, arguments are missing, or `calibration` or `observer`
+        is something else.
       NotImplementedError: the model uses a kernel in a way that no stored weight can follow, such
-        as a weight normalization of it, or a stack of layers along another axis than the first.
+        as a weight normalization of it, or a stack of layers along another axis than the first;
+        or, with `calibration`, shares it between the steps of a scan or vmap.
+      ImportError: `progress=True` without tqdm.
 
     Warns:
       UserWarning: weights were left in their source precision, see `return_report`.
+
+    References:
+      Xiao et al., SmoothQuant, 2022, https://arxiv.org/abs/2211.10438
+      Lin et al., AWQ, 2023, https://arxiv.org/abs/2306.00978
+      Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323
     """
     adapter = wrapped_adapter_of(model)
     method, called = split_method(method, model)
@@ -123,16 +165,13 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
       CannotStoreError: the weight cannot be cut as `stored` asks.
       ValueError: the weight is quantized already, or holds a NaN or an infinity.
     """
-    if is_stored(weight):
-        raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
+    check_weight(weight, path)
     if product.is_conv and stored.granularity not in ("tensor", "channel"):
         raise CannotStoreError(
             "the scales of a convolution are one, or one per output feature, not one per group"
         )
     axis, group_size = cut(stored, product.shape, product.contracting)
-    array = jnp.asarray(weight)
-    check_finite(array, path)
-    return _stored(array, stored.format, axis, group_size, stored.symmetric)
+    return _stored(jnp.asarray(weight), stored.format, axis, group_size, stored.symmetric)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -140,8 +179,13 @@ def _stored(weight: Any, format: str, axis: Any, group_size: Any, symmetric: boo
     return mk.quantize(weight, format, axis=axis, group_size=group_size, symmetric=symmetric)
 
 
-def check_finite(weight: jax.Array, path: str) -> None:
-    """Raises ValueError if a weight holds a NaN or an infinity; of a tracer nothing is known."""
+def check_weight(weight: Any, path: str) -> None:
+    """Raises ValueError if a weight is stored already, or holds a NaN or an infinity.
+
+    Of what a tracer holds nothing is known.
+    """
+    if is_stored(weight):
+        raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
     if isinstance(weight, Tracer):
         return
     bad = int(_non_finite(weight))

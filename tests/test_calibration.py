@@ -23,6 +23,9 @@ KEY = jax.random.key(0)
 INPUTS, WEIGHT = data(128, 64, 96, outliers=True)
 BATCHES = [INPUTS[:32], INPUTS[32:64], INPUTS[64:]]
 METHODS = {"smoothquant": "int8", "awq": "int4/64", "gptq": "int4/64"}
+each_method = pytest.mark.parametrize(
+    "method", ["smoothquant", "gptq", pytest.param("awq", marks=pytest.mark.slow)]
+)
 
 
 def dense(mode, **options):
@@ -76,7 +79,7 @@ def test_static_scales_are_those_of_the_observer(observer):
     np.testing.assert_array_equal(layer(INPUTS), model.apply(quantized, INPUTS))
 
 
-@pytest.mark.parametrize("observer", [mp.MSE(), mp.Entropy()])
+@pytest.mark.parametrize("observer", [mp.MSE(), pytest.param(mp.Entropy(), marks=pytest.mark.slow)])
 def test_observers_that_clip_make_a_smaller_scale(observer):
     model, variables = dense("int8_static")
     quantized = mp.quantize(model, variables, calibration=BATCHES, observer=observer)
@@ -159,7 +162,7 @@ def test_a_method_beats_plain_rounding_and_reports_the_errors_of_the_outputs(met
     assert f"{method}: error {errors[0]:.1%}"[:-2] in str(report)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_nnx_and_linen_store_the_same(method):
     mode = METHODS[method]
     expected = calibrated(mode, method)[0]["params"]["kernel"]
@@ -234,9 +237,7 @@ class Stack(nn.Module):
         return stack(name="blocks")(x, None)[0]
 
 
-@pytest.mark.parametrize(
-    "method", ["smoothquant", "gptq", pytest.param("awq", marks=pytest.mark.slow)]
-)
+@each_method
 def test_each_layer_of_a_stack_has_its_own_statistics(method):
     """The user's scan lifts `params` alone, and need not be changed."""
     policy = f"{METHODS[method]}_from_float32"

@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loops_run():
-    linen, nnx, _, _, _, linen_training, nnx_training, _ = BLOCKS
+    linen, nnx, _, _, _, _, linen_training, nnx_training, _ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(linen_training, scope)
@@ -43,7 +43,7 @@ def test_the_training_loops_run():
 
 def test_quantized_inference(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    linen, _, storing, saving, exporting, *_ = BLOCKS
+    linen, _, storing, _, saving, exporting, *_ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(storing, scope)
@@ -53,6 +53,20 @@ def test_quantized_inference(capsys, tmp_path, monkeypatch):
     exec(saving, scope)
     exec(exporting, scope)
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
+
+
+def test_calibration(capsys):
+    scope = {}
+    exec(BLOCKS[0], scope)
+    exec(BLOCKS[3], scope)
+    assert set(scope["static_variables"]) == {"params", "scaling"}
+    assert [each.rounding.method for each in scope["report"].weights] == ["gptq", "gptq"]
+    assert capsys.readouterr().out == f"{scope['report']}\n"
+    expected = scope["logits"].astype(jnp.float32)
+    for name in ("smooth", "static", "int4"):
+        model = scope["int8" if name == "smooth" else name]
+        y = model.apply(scope[name if name == "smooth" else f"{name}_variables"], scope["x"])
+        np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.15)
 
 
 def test_the_policy_map_follows_from_the_linen_block():

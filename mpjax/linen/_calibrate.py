@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import errors
 from flax.core import meta, unfreeze
 
@@ -15,7 +14,7 @@ from .._calibration import Calibration, check_plans, plan_of
 from .._calibration_batches import Batch, with_progress
 from .._context import Observation, observe
 from .._paths import join
-from .._quantize import check_finite
+from .._quantize import check_weight
 from .._scaling import is_state
 from ._states import COLLECTION
 
@@ -90,9 +89,10 @@ def _watch(
     plans = {}
     for path, product in observation.products.items():
         name = join(("params", path, product.name)) if path else join(("params", product.name))
-        weight = jnp.asarray(_at(variables, name))
-        check_finite(weight, name)
-        plans[name] = plan_of(calibration, observation.policies[path], product, weight.shape)
+        weight = _at(variables, name)
+        check_weight(weight, name)
+        policy = observation.policies[path]
+        plans[name] = plan_of(calibration, policy, product, tuple(weight.shape))
     scaling = {}
     for keys, leaf in jax.tree.leaves_with_path(variables.get(COLLECTION, {}), is_leaf=is_state):
         if is_state(leaf) and needs_scale(keys[-1].key):

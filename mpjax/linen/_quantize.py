@@ -36,13 +36,16 @@ def quantize(
 ) -> tuple[Any, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
     variables = _check_variables(variables, "mp.quantize(model, variables, x)")
-    calibrated, batches = None, iter(())
+    calibrated, batches, is_frozen = None, iter(()), isinstance(variables, FrozenDict)
     if calibration is not None:
         refuse_mutable(kwargs)
         first, batches = first_and_all(calibration.batches, kwargs)
-        args, kwargs = (args, kwargs) if args else first
         if COLLECTION not in variables:
-            variables = init_scaling(model, variables, *args, **kwargs)
+            variables = init_scaling(model, variables, *first.args, **first.kwargs)
+        if args:
+            trace(model, variables, *first.args, **first.kwargs)  # before it is run
+        else:
+            args, kwargs = first
     observation = trace(model, variables, *args, **kwargs)
     if calibration is not None and observation.products:
         # Before the batches run, which may take long.
@@ -52,7 +55,7 @@ def quantize(
     quantized, report = _stored(calibrated, observation, model, variables)
     if report.quantized:
         _check_applies(model, quantized, *args, **kwargs)
-    return freeze(quantized) if isinstance(variables, FrozenDict) else quantized, report
+    return freeze(quantized) if is_frozen else quantized, report
 
 
 def _stored(

@@ -20,7 +20,7 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_finite, quantize_weight
+from .._quantize import check_weight, quantize_weight
 from .._stored import CannotStoreError, Stored, stored_of
 from ._calibrate import calibrate, check_runs, scales_of, scaling_of
 from ._rules import NORMS
@@ -85,7 +85,7 @@ def _calibrated(
         weight, layer = weights[path]
         if product is not None and stored is not None:
             policy, value = getattr(type(layer), POLICY), weight.get_raw_value()
-            check_finite(value, path)
+            check_weight(value, path)
             plans[path] = plan_of(calibration, policy, product, tuple(value.shape))
     return calibrate(calibration, batches, model, plans)
 
