@@ -182,23 +182,23 @@ def test_a_policy_may_name_the_method():
     assert_trees_equal(again, quantized)
 
 
-def test_smoothing_static_activations_takes_their_scale_after_it():
+@pytest.mark.parametrize("observer", [mp.AbsMax(), pytest.param(mp.MSE(), marks=pytest.mark.slow)])
+def test_smoothing_static_activations_takes_their_scale_after_it(observer):
     model, variables = dense("int8_static")
-    for observer in (mp.AbsMax(), mp.MSE()):
-        quantized = mp.quantize(
-            model, variables, calibration=BATCHES, method="smoothquant", observer=observer
-        )
-        weight, scale = quantized["params"]["kernel"], quantized["scaling"]["input"].scale
-        smooth = INPUTS * np.asarray(weight.pre_quant_scale).ravel()
-        amax = np.abs(smooth).max()
-        if isinstance(observer, mp.MSE):  # sees the rows that were kept, here all of them
-            state = observer.update(observer.init(), smooth)
-            amax = observer.amax(state, mk.get_format("int8"))
-        np.testing.assert_allclose(scale, amax / 127, rtol=1e-4)
-        plain = mp.quantize(model, variables, calibration=BATCHES, observer=observer)
-        exact = INPUTS.astype(np.float64) @ WEIGHT
-        errors = [relative_error(model.apply(each, INPUTS), exact) for each in (quantized, plain)]
-        assert errors[0] < 0.5 * errors[1]
+    quantized = mp.quantize(
+        model, variables, calibration=BATCHES, method="smoothquant", observer=observer
+    )
+    weight, scale = quantized["params"]["kernel"], quantized["scaling"]["input"].scale
+    smooth = INPUTS * np.asarray(weight.pre_quant_scale).ravel()
+    amax = np.abs(smooth).max()
+    if isinstance(observer, mp.MSE):  # sees the rows that were kept, here all of them
+        state = observer.update(observer.init(), smooth)
+        amax = observer.amax(state, mk.get_format("int8"))
+    np.testing.assert_allclose(scale, amax / 127, rtol=1e-4)
+    plain = mp.quantize(model, variables, calibration=BATCHES, observer=observer)
+    exact = INPUTS.astype(np.float64) @ WEIGHT
+    errors = [relative_error(model.apply(each, INPUTS), exact) for each in (quantized, plain)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_plain_rounding_is_kept_where_a_method_is_worse():
@@ -237,7 +237,9 @@ class Stack(nn.Module):
         return stack(name="blocks")(x, None)[0]
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method", ["gptq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("smoothquant", "awq"))]
+)
 def test_each_layer_of_a_stack_has_its_own_statistics(method):
     """The user's scan lifts `params` alone, and need not be changed."""
     policy = f"{METHODS[method]}_from_float32"
@@ -269,9 +271,9 @@ class Kinds(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.DenseGeneral((4, 32), name="split")(x)
-        x = nn.DenseGeneral(128, axis=(-2, -1), name="join")(x)
-        x = nn.Einsum((16, 128), "...d,kd->...k", name="einsum")(x)
+        x = nn.DenseGeneral((4, 8), name="split")(x)
+        x = nn.DenseGeneral(32, axis=(-2, -1), name="join")(x)
+        x = nn.Einsum((16, 32), "...d,kd->...k", name="einsum")(x)
         x = nn.DenseGeneral(8, axis=-1, batch_dims=(0,), name="batched")(x)
         return nn.Conv(4, (3,), name="conv")(x[None])
 
@@ -486,3 +488,29 @@ def test_partitioned_weights_keep_their_names():
     boxed = quantized["params"]["kernel"]
     assert boxed.names == ("in", "out") and isinstance(boxed.value, PreScaledWeight)
     model.apply(quantized, INPUTS)
+
+
+def test_static_scales_of_a_stack_whose_scan_lifts_them():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.relu(nn.Dense(128, use_bias=False, name="dense")(x)), None
+
+    class Lifted(nn.Module):
+        axes: tuple = ("params", "scaling")
+
+        @nn.compact
+        def __call__(self, x):
+            axes = {"variable_axes": dict.fromkeys(self.axes, 0), "split_rngs": {"params": True}}
+            return nn.scan(Layer, length=2, **axes)(name="layers")(x, None)[0]
+
+    params = Lifted().init(KEY, INPUTS)["params"]
+    model = mp.wrap(Lifted(), "int8_static_from_float32")
+    quantized = mp.quantize(model, {"params": params}, calibration=BATCHES)
+    hidden = np.maximum(INPUTS @ params["layers"]["dense"]["kernel"][0], 0)
+    amaxes = np.asarray([np.abs(INPUTS).max(), hidden.max()])
+    scale = quantized["scaling"]["layers"]["dense"]["input"].scale
+    np.testing.assert_allclose(scale, amaxes / 127, rtol=1e-5)
+    unlifted = mp.wrap(Lifted(axes=("params",)), "int8_static_from_float32")
+    with pytest.raises(ValueError, match="layer 'layers/dense' keeps scaling state .* add"):
+        mp.quantize(unlifted, {"params": params}, calibration=BATCHES)
