@@ -25,7 +25,6 @@ import jax.numpy as jnp
 
 import mpjax_kernels as mk
 
-from ._attention import linen_attention
 from ._policy import CACHE_FORMATS, DTypePolicy
 from ._recipes import attention_recipe_of
 
