@@ -151,8 +151,8 @@ def write(cache: mk.QTensor, x: Array, index: Array) -> mk.QTensor:
     zero = jnp.zeros((), index.dtype)
     start = (*[zero] * (cache.ndim - 3), index, zero, zero)
     # XLA:CPU would widen a float8 cache to float16 to write into it, but has no need to for int8.
-    bits = (jax.lax.bitcast_convert_type(q.values, jnp.int8) for q in (cache, new))
-    values = jax.lax.dynamic_update_slice(*bits, start)
+    old, new_bits = (jax.lax.bitcast_convert_type(q.values, jnp.int8) for q in (cache, new))
+    values = jax.lax.dynamic_update_slice(old, new_bits, start)
     return dataclasses.replace(
         cache,
         values=jax.lax.bitcast_convert_type(values, cache.values.dtype),

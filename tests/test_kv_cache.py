@@ -143,19 +143,17 @@ def test_linen_and_nnx_store_and_compute_the_same(policy):
     assert_trees_equal(held, dict(cache))
 
 
-@pytest.mark.parametrize("subclass", [False, True])
-def test_grouped_queries_attend_to_the_head_of_their_group(subclass):
+def test_grouped_queries_attend_to_the_head_of_their_group_in_a_subclass_too():
     class Own(nnx.MultiHeadAttention):
         def __call__(self, x, **options):
             return super().__call__(x, **options) * 2
 
-    kind = Own if subclass else nnx.MultiHeadAttention
-    layer = kind(HEADS, WIDTH, num_kv_heads=2, rngs=nnx.Rngs(3))
+    layer = Own(HEADS, WIDTH, num_kv_heads=2, rngs=nnx.Rngs(3))
     layer.init_cache((1, LENGTH, WIDTH))
     graph = nnx.clone(layer)
     mp.wrap(graph, mp.DTypePolicy("float32", kv_cache="int8"))
     graph.init_cache((1, LENGTH, WIDTH))
-    assert graph.cached_key.shape == (1, LENGTH, 2, DEPTH)
+    assert graph.cached_key is not None and graph.cached_key.shape == (1, LENGTH, 2, DEPTH)
     step = nnx.jit(lambda layer, x: layer(x, decode=True))
     for i in range(3):
         exact, found = (step(each, X[:1, i : i + 1]) for each in (layer, graph))
@@ -276,9 +274,10 @@ def test_a_compiled_step_holds_no_float_copy_of_the_cache(kv_cache):
     assert cached == 2 * size * (1 + 4 / (width // 8))
     for entries in _array_sizes(program.as_text(), ("f16", "bf16", "f32")):
         assert entries < size / 4
-    # Two copies at most of keys and of values, in 8 bits: where a single bfloat16 copy of both
-    # would take as much. The whole of Flax' step in bfloat16 takes twice that.
-    assert program.memory_analysis().temp_size_in_bytes < 4.5 * size
+    # Keys and values are written to a copy, as nothing is donated here, and turned, in 8 bits each:
+    # four copies in 8 bits. (Flax' own step takes eight times as much as one, in bfloat16.)
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 4.5 * size
 
 
 def _array_sizes(text, dtypes):
@@ -428,7 +427,7 @@ def test_the_cache_is_a_field_of_every_policy_outside_its_name(kv_cache):
     ):
         without = mp.get_policy(policy.name)
         assert policy.name == without.name and without.kv_cache is None
-        assert policy != without and len({policy, without}) == 2
+        assert policy != without and hash(policy) != hash(without)
         assert "kv_cache" not in without.get_config()
         assert policy.get_config()["kv_cache"] == kv_cache
         assert mp.deserialize(json.loads(json.dumps(mp.serialize(policy)))) == policy
