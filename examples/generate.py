@@ -96,7 +96,11 @@ def parse_options(
     """Reads the command line: the options, the sizes, and the prompt as bytes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--prompt", default="def read_", help="what to continue (default: %(default)r)")
+    add(
+        "--prompt",
+        default="    def __init__(self, ",
+        help="what to continue (default: %(default)r)",
+    )
     add("--bytes", type=int, help="how many to write (default: as many as the context has left)")
     add("--temperature", type=float, default=0.8, help="of sampling (default %(default)s)")
     add("--top-k", type=int, default=40, help="sample from as many bytes (default %(default)s)")
