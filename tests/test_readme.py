@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loops_run():
-    linen, nnx, _, _, _, linen_training, nnx_training, _ = BLOCKS
+    linen, nnx, _, _, _, _, linen_training, nnx_training, _ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(linen_training, scope)
@@ -53,6 +53,12 @@ def test_quantized_inference(capsys, tmp_path, monkeypatch):
     exec(saving, scope)
     exec(exporting, scope)
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
+
+
+def test_the_policies_with_a_cache_in_8_bits():
+    scope = {}
+    exec("import mpjax as mp\n" + BLOCKS[5], scope)
+    assert scope["policy"].kv_cache == "int8" and scope["policy"].quantization_mode is None
 
 
 def test_the_policy_map_follows_from_the_linen_block():
