@@ -69,6 +69,12 @@ def test_calibration(capsys):
         np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.15)
 
 
+def test_the_policies_with_a_cache_in_8_bits():
+    scope = {}
+    exec("import mpjax as mp\n" + BLOCKS[6], scope)
+    assert scope["policy"].kv_cache == "int8" and scope["policy"].quantization_mode is None
+
+
 def test_the_policy_map_follows_from_the_linen_block():
     scope = {}
     exec(BLOCKS[0], scope)
