@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_training_loops_run():
-    linen, nnx, _, _, _, _, linen_training, nnx_training, _ = BLOCKS
+    linen, nnx, _, _, _, _, _, linen_training, nnx_training, _ = BLOCKS
     scope = {}
     exec(linen, scope)
     exec(linen_training, scope)
