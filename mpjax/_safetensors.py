@@ -118,6 +118,12 @@ class SafetensorsFile:
         entry = self.entries[name]
         return self.read(name).view(entry.dtype).reshape(entry.shape)
 
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Which file it is, and in which state: it changes when someone writes to it."""
+        status = os.fstat(self._file.fileno())
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
 
 @contextlib.contextmanager
 def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
@@ -145,6 +151,28 @@ def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_header(path, error) from error
         yield SafetensorsFile(path, entries, metadata, file)
+
+
+@contextlib.contextmanager
+def reopened(
+    path: Path, stamp: tuple[int, ...], entries: Mapping[str, Entry]
+) -> Iterator[SafetensorsFile]:
+    """Opens a file whose header was checked before.
+
+    Args:
+      path: of the file.
+      stamp: `SafetensorsFile.stamp`, as it was then.
+      entries: the arrays of interest.
+
+    Raises:
+      FileNotFoundError: it is gone.
+      ModelFileError: it is another file, or has changed.
+    """
+    with path.open("rb") as file:
+        again = SafetensorsFile(path, entries, {}, file)
+        if again.stamp != stamp:
+            raise damaged(path, "it has changed since it was opened")
+        yield again
 
 
 def encode_header(

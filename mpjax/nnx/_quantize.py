@@ -1,6 +1,7 @@
 """`quantize` for NNX: a layer knows its own axes, so nothing is traced."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -9,6 +10,7 @@ import mpjax_kernels as mk
 
 from .._adapters import POLICY
 from .._context import Product
+from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
 from .._products import QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
@@ -18,39 +20,67 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import quantize_weight
+from .._quantize import check_finite, check_storable, quantize_weight, release
 from .._stored import CannotStoreError, Stored, stored_of
+from ._given import given_values, put_values
 from ._rules import NORMS
 from ._wrap import author_dtype
 
 
 def quantize(
-    model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
+    model: nnx.Module, weights: Any = None, *args: Any, donate: bool = False, **kwargs: Any
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if variables is not None or args or kwargs:
+    if args or kwargs or not (weights is None or isinstance(weights, Mapping)):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
-            "nothing else"
+            "nothing else, or with nested dicts of the weights to give it"
         )
+    given = {} if weights is None else given_values(model, weights)
     rows: list[QuantizedWeight] = []
-    replaced: list[tuple[Any, mk.QTensor]] = []
+    plans: list[_Plan] = []
     for path, weight, layer in _weights(model):
-        value = weight.get_raw_value()
+        value = given.get(path, weight.get_raw_value())
         product, stored, reason = _product_of(layer, weight, path)
-        if product is None or stored is None:
-            rows.append(left_weight(path, value, reason, wanted=stored is not None))
-            continue
-        try:
-            quantized = quantize_weight(value, stored, product, path)
-        except CannotStoreError as error:
-            rows.append(left_weight(path, value, str(error), wanted=True))
-            continue
-        rows.append(quantized_weight(path, value, quantized))
-        replaced.append((weight, quantized))
-    for weight, quantized in replaced:  # after the last check: a NaN leaves the model as it was
-        weight.set_raw_value(quantized)
+        if product is not None and stored is not None:
+            plan = _Plan(path, weight, product, stored, len(rows))
+            reason = plan.refusal(value)
+            plans += [plan] if reason is None else []
+        rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
+    for plan in plans:  # a NaN leaves the model as it was
+        check_finite(given.get(plan.path, plan.weight.get_raw_value()), plan.path)
+    made: dict[str, mk.QTensor] = {}
+    for plan in plans:
+        value = given.pop(plan.path, plan.weight.get_raw_value())
+        quantized = quantize_weight(value, plan.stored, plan.product, plan.path)
+        rows[plan.row] = quantized_weight(plan.path, value, quantized)
+        if donate:
+            release(value)
+        if weights is None:
+            plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
+        else:
+            made[plan.path] = quantized  # a file that turns out damaged leaves it too
+    put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
     return model, QuantizationReport(tuple(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A weight that is to be stored: its path, its variable, how, and its row in the report."""
+
+    path: str
+    weight: Any
+    product: Product
+    stored: Stored
+    row: int
+
+    def refusal(self, value: Any) -> str | None:
+        """Why it cannot be stored so, by its shape; None if it can."""
+        try:
+            check_storable(value, self.stored, self.product, self.path)
+        except CannotStoreError as error:
+            return str(error)
+        return None
 
 
 def _weights(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
