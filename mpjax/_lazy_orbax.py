@@ -6,6 +6,7 @@
 <folder>/<step>/index                 its index
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ def _metadata(folder: Path) -> Any:
     """The tree of a checkpoint, with what Orbax knows of an array in place of each."""
     ocp = _orbax.orbax()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder).item_metadata.tree
+        # The handler itself: a checkpointer warns of metadata that an item of a step has not.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.metadata(folder).tree
     except Exception as error:  # Orbax raises many types for a damaged file
         raise damaged(folder, f"{type(error).__name__}: {error}") from error
     return tree
@@ -108,8 +110,8 @@ class _Read:
             item=self.treedef.unflatten(item), restore_args=self.treedef.unflatten(how)
         )
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.restore(self.folder, args=args)
+            with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                tree = handler.restore(self.folder, args=args)
             array = self.treedef.flatten_up_to(tree)[self.position]
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
             raise damaged(self.folder, f"{self.name!r}: {type(error).__name__}: {error}") from error
