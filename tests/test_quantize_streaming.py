@@ -179,7 +179,7 @@ def edited(tmp_path, change):
         ),
         (
             lambda a: a.update({"other/kernel": np.ones((2, 2), np.float32)}),
-            "Net reaches no layer with these weights of the file:\n  params/other/kernel: LazyArray",
+            "Net reaches no layer with these weights .*:\n  params/other/kernel: LazyArray",
         ),
         (
             lambda a: a.update({"mid/more": np.ones(2, np.float32)}),

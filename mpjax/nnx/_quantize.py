@@ -10,6 +10,7 @@ import mpjax_kernels as mk
 
 from .._adapters import POLICY
 from .._context import Product
+from .._conv_transpose import QuantizedConvTranspose
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
@@ -109,6 +110,7 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
         return Product(name, weight.get_raw_value().shape[-2:], (1,)), stored, ""
     kinds = {"dot_general": QuantizedDotGeneral, "einsum_op": QuantizedEinsum}
     kinds["conv_general_dilated"] = QuantizedConv
+    kinds["conv_transpose"] = QuantizedConvTranspose
     kind = next((k for k in kinds if isinstance(getattr(layer, k, None), kinds[k])), None)
     if name != "kernel" or kind is None:
         return None, stored, "its layer multiplies it in no product that can be quantized"
@@ -117,8 +119,8 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
         return None, stored, axes
     ndim, contracting = axes
     shape = weight.get_raw_value().shape
-    product = Product(name, shape[len(shape) - ndim :], contracting, kind == "conv_general_dilated")
-    return product, stored, ""
+    is_conv = kind.startswith("conv")
+    return Product(name, shape[len(shape) - ndim :], contracting, is_conv), stored, ""
 
 
 def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
@@ -131,6 +133,10 @@ def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
     if isinstance(layer, nnx.Conv):
         ndim = len(layer.kernel_size) + 2
         return ndim, tuple(range(ndim - 1))
+    if isinstance(layer, nnx.ConvTranspose):
+        ndim = len(layer.kernel_size) + 2
+        output = ndim - 2 if layer.transpose_kernel else ndim - 1
+        return ndim, tuple(axis for axis in range(ndim) if axis != output)
     if layer.einsum_str is None:
         return "its equation is given at each call: build the layer with einsum_str="
     operand, _, output = layer.einsum_str.replace(" ", "").partition("->")
