@@ -15,6 +15,7 @@ call; in `targets` which of these we want. There is no peer: Qwix quantizes a tr
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -201,6 +202,8 @@ def _call(case: Case, size: Size, folder: Path) -> tuple[Callable[[], Any], int]
         return lambda: mp.load(folder / "int8.safetensors"), nbytes
     path = folder / ("float" if case.source == "orbax" else "float.safetensors")
     from_disk = case.source in ("safetensors", "orbax")
+    if case.source == "orbax":
+        importlib.import_module("orbax.checkpoint")  # its 30 MB are not the weights'
     if case.api == "linen":
         model = mp.wrap(Net(size), policy)
         params = None if from_disk else floats(size)

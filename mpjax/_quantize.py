@@ -1,5 +1,6 @@
 """`quantize`: float weights in, weights of 8 or 4 bits out, for the same wrapped model."""
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 import mpjax_kernels as mk
 
+from ._checkpoint_leaves import committed
 from ._context import Product
 from ._lazy_array import LazyArray, in_memory
+from ._placement import shardings_of_parts
 from ._quantization_report import QuantizationReport
 from ._stored import CannotStoreError, Stored, cut
 from ._wrap import policies_of, wrapped_adapter_of
@@ -141,8 +145,9 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
     array = jnp.asarray(in_memory(weight))
     if not isinstance(array, Tracer):
         check_finite(array, path)
+    q = _stored(array, stored.format, axis, group_size, stored.symmetric)
     # Waited for, so that no two layers are in memory at once.
-    return jax.block_until_ready(_stored(array, stored.format, axis, group_size, stored.symmetric))
+    return jax.block_until_ready(_placed_like(array, q, path))
 
 
 def check_storable(
@@ -161,6 +166,17 @@ def check_storable(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _stored(weight: Any, format: str, axis: Any, group_size: Any, symmetric: bool) -> mk.QTensor:
     return mk.quantize(weight, format, axis=axis, group_size=group_size, symmetric=symmetric)
+
+
+def _placed_like(weight: jax.Array, q: mk.QTensor, path: str) -> mk.QTensor:
+    """The stored weight where the float one is: the values cut as it, the scales where they can."""
+    sharding = None if isinstance(weight, Tracer) else committed(weight)
+    if not isinstance(sharding, NamedSharding):
+        return q
+    names = [name for name in ("values", "scale", "zero_point") if getattr(q, name) is not None]
+    parts = {name: getattr(q, name) for name in names}
+    places = shardings_of_parts(sharding, q, parts, path)
+    return dataclasses.replace(q, **{n: jax.device_put(x, places[n]) for n, x in parts.items()})
 
 
 def check_finite(weight: Any, path: str) -> None:

@@ -25,6 +25,7 @@ from .._quantization_report import (
 )
 from .._quantize import check_finite, quantize_weight, release
 from .._stored import CannotStoreError, stored_of
+from ._partitioned import boxed_like
 from ._reached import check_reached
 from ._states import COLLECTION
 from ._wrap import policy_of
@@ -175,8 +176,7 @@ def _replace(
         quantized = quantize_weight(weight, stored, product, name)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
-    is_boxed = isinstance(boxed, meta.AxisMetadata)
-    owner[product.name] = boxed.replace_boxed(quantized) if is_boxed else quantized
+    owner[product.name] = boxed_like(boxed, quantized)
     row = quantized_weight(name, weight, quantized)
     if donate:
         release(weight)
