@@ -82,7 +82,7 @@ def _of_index(path: Path) -> dict[str, LazyArray]:
     return leaves
 
 
-def _of_mpjax(file: SafetensorsFile) -> dict[str, Any]:
+def _of_mpjax(file: SafetensorsFile) -> dict[Any, Any]:
     """The tree of a file of float weights that `mpjax.save` wrote, with its checksums.
 
     Scaling states and random keys, which are small, are in it as they are.

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -52,11 +53,12 @@ class Stack(nnx.Module):
             return block(x)
 
         call = nnx.remat(call) if "remat" in self.how else call
+        blocks: Any = self.blocks
         if self.how in ("unrolled", "remat"):
-            for block in self.blocks:
+            for block in blocks:
                 x = call(block, x)
             return x
-        return nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+        return nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(blocks, x)
 
 
 @pytest.mark.parametrize("mode", ["int8", pytest.param("int4/64", marks=pytest.mark.slow)])

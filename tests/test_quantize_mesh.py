@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from flax.linen import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mpjax as mp
@@ -131,7 +132,7 @@ def test_logical_names_become_those_of_the_mesh():
     box = quantized["params"]["up"]["kernel"]
     assert isinstance(box, nn.LogicallyPartitioned) and box.rules == rules
     specs = nn.get_partition_spec(quantized)
-    shardings = nn.logical_to_mesh_sharding(specs, MESH, rules)
+    shardings = spmd.logical_to_mesh_sharding(specs, MESH, rules)
     kernel = jax.device_put(quantized, shardings)["params"]["up"]["kernel"].value
     assert spec_of(kernel.values) == ("model", "data")
     assert spec_of(kernel.scale) == (None, "data")

@@ -24,8 +24,9 @@ def boxed_like(box: Any, weight: mk.QTensor) -> Any:
     kind = next((kind for kind in _KINDS if kind._box is type(box)), None)
     if kind is None:  # a box of the user's own, which says itself what it does with its content
         return box.replace_boxed(weight)
-    fields = {field.name: getattr(box, field.name) for field in dataclasses.fields(box)}
-    return kind(**fields | {"value": weight})
+    fields: dict[str, Any] = {name: getattr(box, name) for name in kind.__dataclass_fields__}
+    fields["value"] = weight
+    return kind(**fields)
 
 
 class _PerArray:

@@ -48,6 +48,8 @@ def quantize(
             reason = plan.refusal(value)
             plans += [plan] if reason is None else []
         rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
+    if not plans:
+        return model, QuantizationReport(tuple(rows))
     for plan in plans:  # a NaN leaves the model as it was
         check_finite(given.get(plan.path, plan.weight.get_raw_value()), plan.path)
     made: dict[str, mk.QTensor] = {}
