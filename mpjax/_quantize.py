@@ -1,8 +1,10 @@
 """`quantize`: float weights in, weights of 8 or 4 bits out, for the same wrapped model."""
 
+import collections
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -189,6 +191,17 @@ def check_finite(weight: Any, path: str) -> None:
             f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
             "like that cannot be quantized: restore it from a checkpoint before they appeared"
         )
+
+
+def check_donated(weights: Mapping[str, Any], tree: Any) -> None:
+    """Raises ValueError if a weight by path that is to be freed has another place in a tree."""
+    places = collections.Counter(id(leaf) for leaf in jax.tree.leaves(tree))
+    for path, weight in weights.items():
+        if places[id(weight)] > 1:
+            raise ValueError(
+                f"`donate` is True, but the array at '{path}' is in the model more than once, so "
+                "freeing it would take it from the others: leave `donate` out, or copy the array"
+            )
 
 
 def release(weight: Any) -> None:

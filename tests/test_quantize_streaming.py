@@ -290,6 +290,25 @@ def test_donated_weights_are_freed_as_they_go_and_never_before_all_are_checked()
     assert not any(x.is_deleted() for x in jax.tree.leaves(mine))
 
 
+def test_an_array_in_two_places_is_not_donated():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, name="b")(nn.Dense(8, name="a")(x))
+
+    model = mp.wrap(Two(), mp.DTypePolicyMap("float32", {"a": INT8}))
+    layer = {"kernel": jnp.ones((8, 8)), "bias": jnp.zeros(8)}
+    variables = {"params": {"a": layer, "b": layer}}
+    with pytest.raises(ValueError, match="array at 'params/a/kernel' is in the model more than"):
+        mp.quantize(model, variables, X, donate=True)
+    mp.quantize(model, variables, X)
+    model = nnx_model()
+    model.blocks[1].kernel.set_raw_value(model.blocks[0].kernel.get_raw_value())
+    with pytest.raises(ValueError, match="array at 'blocks/0/kernel' is in the model more than"):
+        mp.quantize(model, donate=True)
+    mp.quantize(model)
+
+
 def flat_arrays(tree):
     return {
         jax.tree_util.keystr(keys, simple=True, separator="/"): leaf

@@ -23,7 +23,7 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_finite, quantize_weight, release
+from .._quantize import check_donated, check_finite, quantize_weight, release
 from .._stored import CannotStoreError, stored_of
 from ._partitioned import boxed_like
 from ._reached import check_reached
@@ -43,9 +43,7 @@ def quantize(
         stored = jax.eval_shape(lambda shapes: _store(model, shapes, observation)[0], shapes)
         _check_applies(model, stored, *args, **kwargs)
     if donate:
-        for path, product in observation.products.items():
-            weight = meta.unbox(_owner(variables["params"], path)[product.name])
-            check_finite(weight, _name(path, product))
+        _check_before_donation(variables, observation)
     return _store(model, variables, observation, donate)
 
 
@@ -69,6 +67,17 @@ def _store(
     }
     report = QuantizationReport(tuple(rows.values()))
     return freeze(quantized) if isinstance(variables, FrozenDict) else quantized, report
+
+
+def _check_before_donation(variables: Any, observation: Observation) -> None:
+    """Raises for whatever would come up when some weights have been freed already."""
+    weights = {
+        _name(path, product): meta.unbox(_owner(variables["params"], path)[product.name])
+        for path, product in observation.products.items()
+    }
+    check_donated(weights, variables)
+    for name, weight in weights.items():
+        check_finite(weight, name)
 
 
 def _name(path: str, product: Product) -> str:

@@ -1,7 +1,7 @@
 """`quantize` for NNX: a layer knows its own axes, so nothing is traced."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -21,7 +21,7 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_finite, check_storable, quantize_weight, release
+from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
 from .._stored import CannotStoreError, Stored, stored_of
 from ._given import given_values, put_values
 from ._rules import NORMS
@@ -50,8 +50,7 @@ def quantize(
         rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
     if not plans:
         return model, QuantizationReport(tuple(rows))
-    for plan in plans:  # a NaN leaves the model as it was
-        check_finite(given.get(plan.path, plan.weight.get_raw_value()), plan.path)
+    _check_before_work(plans, given, nnx.as_pure(nnx.state(model)) if donate else None)
     made: dict[str, mk.QTensor] = {}
     for plan in plans:
         value = given.pop(plan.path, plan.weight.get_raw_value())
@@ -65,6 +64,15 @@ def quantize(
             made[plan.path] = quantized  # a file that turns out damaged leaves it too
     put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
     return model, QuantizationReport(tuple(rows))
+
+
+def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donated: Any) -> None:
+    """Raises for whatever would come up when some weights have been replaced already."""
+    weights = {plan.path: given.get(plan.path, plan.weight.get_raw_value()) for plan in plans}
+    if donated is not None:
+        check_donated(weights, (donated, given))
+    for path, weight in weights.items():
+        check_finite(weight, path)
 
 
 @dataclasses.dataclass(frozen=True)
