@@ -30,6 +30,7 @@ import numpy as np
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_RANK = 32
 _METADATA = "__metadata__"
+_ALIGNMENT = 64  # bytes
 
 # The format's names of dtypes.
 DTYPES = {
@@ -107,7 +108,7 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The bytes of an array, uint8 [nbytes]; ModelFileError if the file ends before them."""
         entry = self.entries[name]
-        data = np.empty(entry.stop - entry.start, np.uint8)
+        data = _aligned(entry.stop - entry.start)
         self._file.seek(entry.start)
         if self._file.readinto(data.data) != data.size:
             raise damaged(self.path, f"it ends inside {name!r}")
@@ -151,6 +152,13 @@ def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_header(path, error) from error
         yield SafetensorsFile(path, entries, metadata, file)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Room for so many bytes that JAX, on a CPU, can take as an array without copying it."""
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size]
 
 
 @contextlib.contextmanager
