@@ -4,8 +4,8 @@ A float32 model of 1 GB (an embedding and 28 residual pairs of Dense layers, eac
 quantized by `mp.quantize`: from arrays in memory, from arrays that are donated, and straight from a
 safetensors file or an Orbax checkpoint on disk; and what `mp.save` wrote of it is loaded. Every
 measurement has a process of its own: the peak of its resident memory (VmHWM of Linux, reset before
-the call) less what was resident just before the call. That is the float weights and all imports, or
-from disk the imports alone; the quantized result is in the peak.
+the call) less what was resident when everything was imported and, unless they are on disk, the bytes
+of the float weights. The quantized result is in the peak.
 
 One JSON row per measurement, in MB of 10^6 bytes: `before_mb`, `above_mb` (the peak less that),
 `float_mb` and `quantized_mb` (the bytes of the trees), their ratio `of_float32`, `seconds` of the
@@ -175,8 +175,12 @@ def floats(size: Size) -> dict[str, Any]:
 
 def _measured(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """Prepares, then measures one call."""
-    call, float_bytes = _call(case, size, folder)
+    jax.block_until_ready(jnp.zeros(1) + 1)  # what JAX starts, is started
+    if case.source == "orbax":
+        importlib.import_module("orbax.checkpoint")  # its 30 MB are not the weights'
     before = resident()
+    call, float_bytes = _call(case, size, folder)
+    before += float_bytes if case.source in ("memory", "donated") else 0
     CLEAR.write_text("5")  # sets the peak back to what is resident now
     started = time.perf_counter()
     result = jax.block_until_ready(call())
@@ -198,13 +202,10 @@ def _call(case: Case, size: Size, folder: Path) -> tuple[Callable[[], Any], int]
     policy = f"{case.mode}_from_float32"
     shapes = jax.eval_shape(Net(size).init, jax.random.key(0), TOKENS)["params"]
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    jax.block_until_ready(jnp.zeros(1) + 1)  # what JAX starts, is started
     if case.source == "saved file":
         return lambda: mp.load(folder / "int8.safetensors"), nbytes
     path = folder / ("float" if case.source == "orbax" else "float.safetensors")
     from_disk = case.source in ("safetensors", "orbax")
-    if case.source == "orbax":
-        importlib.import_module("orbax.checkpoint")  # its 30 MB are not the weights'
     if case.api == "linen":
         model = mp.wrap(Net(size), policy)
         params = None if from_disk else floats(size)
