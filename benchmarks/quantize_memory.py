@@ -4,8 +4,8 @@ A float32 model of 1 GB (an embedding and 28 residual pairs of Dense layers, eac
 quantized by `mp.quantize`: from arrays in memory, from arrays that are donated, and straight from a
 safetensors file or an Orbax checkpoint on disk; and what `mp.save` wrote of it is loaded. Every
 measurement has a process of its own: the peak of its resident memory (VmHWM of Linux, reset before
-the call) less what was resident when everything was imported and, unless they are on disk, the bytes
-of the float weights. The quantized result is in the peak.
+the call) less what was resident when everything was imported and, unless they are on disk, the
+bytes of the float weights. The quantized result is in the peak.
 
 One JSON row per measurement, in MB of 10^6 bytes: `before_mb`, `above_mb` (the peak less that),
 `float_mb` and `quantized_mb` (the bytes of the trees), their ratio `of_float32`, `seconds` of the

@@ -245,6 +245,8 @@ def test_damaged_and_changed_files(tmp_path):
         mp.open_weights(saved)
 
 
+# TensorStore's threads report to an event loop that Orbax has closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_orbax_checkpoint(tmp_path):
     folder = mp.save_checkpoint(tmp_path / "m", VARIABLES, step=1)
     for file in [*folder.glob("arrays/d/*"), *folder.glob("arrays/ocdbt.process_0/d/*")]:
