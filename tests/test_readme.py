@@ -71,6 +71,12 @@ def test_weights_from_disk(tmp_path, monkeypatch):
     assert jax.tree.structure(scope["shapes"]) == jax.tree.structure(expected)
 
 
+def test_the_policies_with_a_cache_in_8_bits():
+    scope = {}
+    exec("import mpjax as mp\n" + block_with("kv_cache="), scope)
+    assert scope["policy"].kv_cache == "int8" and scope["policy"].quantization_mode is None
+
+
 def test_the_policy_map_follows_from_the_linen_block():
     scope = {}
     exec(block_after("Linen"), scope)

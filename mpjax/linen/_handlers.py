@@ -22,6 +22,7 @@ from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, linen_attention
 from .._cast import in_dtypes_of
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
+from .._kv_cache import check_cache, refuse_own_attention
 from .._products import (
     PromoteAroundKernel,
     QuantizedConv,
@@ -32,6 +33,7 @@ from .._products import (
     observe_embedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from ._kv_cache import REMEDY, Decoding
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerStates
 
@@ -218,9 +220,24 @@ def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[
         attention = {"attention_fn": QuantizedAttention(linen_attention, scores, output)}
     elif not author and is_half(layer.policy):
         attention = {"attention_fn": linen_attention}
+    if module.decode and layer.method == "__call__":
+        attention |= _decoding(layer, author, attention.get("attention_fn", linen_attention))
     variable = layer.variable("params", "cache")
     with lent(module, param=layer.param(), variable=variable, **attention):
         return call(*args, **kwargs)
+
+
+def _decoding(layer: Layer, author: bool, attention: Any) -> dict[str, Any]:
+    """What a layer that decodes is lent for a cache in 8 bits; nothing for one of floats."""
+    module, name = layer.module, f"layer '{layer.full_path}'"
+    if layer.policy.kv_cache is None:
+        if module.has_variable("cache", "cached_key"):
+            cached = module.get_variable("cache", "cached_key")
+            check_cache(cached, layer.policy, name, REMEDY)
+        return {}
+    if author:
+        refuse_own_attention(name, layer.policy)
+    return {"decode": False, "attention_fn": Decoding(layer, attention)}
 
 
 @register(nn.RNN)

@@ -32,6 +32,7 @@ from .._products import (
     StoredEmbedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from ._kv_cache import Call, InitCache
 from ._states import OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
@@ -199,12 +200,16 @@ def promote_input(arrays: tuple[Any, ...], *, dtype: Any = None, **_: Any) -> tu
 def _attention(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     """The projections are layers of their own; this one sees to the rest, and the softmax."""
     recipe = attention_recipe_of(policy)
-    if layer.attention_fn is not nnx.dot_product_attention:
-        return {}
-    if recipe is not None:
+    is_flax = layer.attention_fn is nnx.dot_product_attention
+    lent: dict[str, Any] = {"__call__": Call(type(layer), policy, is_flax)}
+    if policy.kv_cache is not None:
+        lent["init_cache"] = InitCache(policy)
+    if is_flax and recipe is not None:
         scores, output = (_product(QuantizedEinsum, policy, recipe, f"{p}_") for p in PRODUCTS)
-        return {"attention_fn": QuantizedAttention(nnx_attention, scores, output)}
-    return {"attention_fn": nnx_attention} if is_half(policy) else {}
+        lent["attention_fn"] = QuantizedAttention(nnx_attention, scores, output)
+    elif is_flax and is_half(policy):
+        lent["attention_fn"] = nnx_attention
+    return lent
 
 
 @register(nnx.RNNCellBase)
