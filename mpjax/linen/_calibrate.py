@@ -14,7 +14,7 @@ from .._calibration import Calibration, check_plans, plan_of
 from .._calibration_batches import Batch, with_progress
 from .._context import Observation, observe
 from .._paths import join
-from .._quantize import check_weight
+from .._quantize import check_finite
 from .._scaling import is_state
 from ._states import COLLECTION
 
@@ -90,7 +90,7 @@ def _watch(
     for path, product in observation.products.items():
         name = join(("params", path, product.name)) if path else join(("params", product.name))
         weight = _at(variables, name)
-        check_weight(weight, name)
+        check_finite(weight, name)
         policy = observation.policies[path]
         plans[name] = plan_of(calibration, policy, product, tuple(weight.shape))
     scaling = {}

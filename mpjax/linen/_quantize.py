@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
@@ -14,6 +15,7 @@ from .._calibrated import Calibrated, round_weight
 from .._calibration import Calibration
 from .._calibration_batches import first_and_all
 from .._context import Observation, Product, observe
+from .._lazy_array import abstract, is_lazy, on_device
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
@@ -24,21 +26,29 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import quantize_weight
+from .._quantize import check_donated, check_finite, quantize_weight, release
 from .._stored import CannotStoreError, stored_of
 from ._calibrate import calibrate, refuse_mutable, with_scales
+from ._partitioned import boxed_like
+from ._reached import check_reached
 from ._states import COLLECTION
 from ._wrap import policy_of
 
 
 def quantize(
-    calibration: Calibration | None, model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+    calibration: Calibration | None,
+    model: nn.Module,
+    variables: Any,
+    *args: Any,
+    donate: bool = False,
+    **kwargs: Any,
 ) -> tuple[Any, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
     variables = _check_variables(variables, "mp.quantize(model, variables, x)")
     calibrated, batches, is_frozen = None, iter(()), isinstance(variables, FrozenDict)
     if calibration is not None:
         refuse_mutable(kwargs)
+        variables = {name: jax.tree.map(on_device, tree) for name, tree in variables.items()}
         first, batches = first_and_all(calibration.batches, kwargs)
         if COLLECTION not in variables:
             variables = init_scaling(model, variables, *first.args, **first.kwargs)
@@ -46,40 +56,68 @@ def quantize(
             trace(model, variables, *first.args, **first.kwargs)  # before it is run
         else:
             args, kwargs = first
-    observation = trace(model, variables, *args, **kwargs)
+    shapes = abstract(variables)
+    observation = trace(model, shapes, *args, **kwargs)
+    check_reached(model, variables["params"], observation)
+    if observation.products:  # all that shapes can tell, before any work
+        stored = jax.eval_shape(lambda shapes: _store(None, model, shapes, observation)[0], shapes)
+        _check_applies(model, stored, *args, **kwargs)
+    if donate:
+        _check_before_donation(variables, observation)
     if calibration is not None and observation.products:
-        # Before the batches run, which may take long.
-        rounded = jax.eval_shape(lambda v: _stored(None, observation, model, v)[0], variables)
-        _check_applies(model, rounded, *args, **kwargs)
         calibrated = calibrate(calibration, batches, model, variables, observation)
-    quantized, report = _stored(calibrated, observation, model, variables)
-    if report.quantized:
-        _check_applies(model, quantized, *args, **kwargs)
+    quantized, report = _store(calibrated, model, variables, observation, donate)
     return freeze(quantized) if is_frozen else quantized, report
 
 
-def _stored(
+def _store(
     calibrated: Calibrated | None,
-    observation: Observation,
     model: nn.Module,
-    variables: Mapping[str, Any],
-) -> tuple[dict[str, Any], QuantizationReport]:
-    """The variables with stored weights, and calibrated scales where there are such."""
+    variables: Any,
+    observation: Observation,
+    donate: bool = False,
+) -> tuple[Any, QuantizationReport]:
+    """The variables with stored weights, one made after the other, and the report."""
     params, rows = unfreeze(variables["params"]), {}
     for path, product in observation.products.items():
-        name = join(("params", path, product.name)) if path else join(("params", product.name))
+        name = _name(path, product)
         policy = observation.policies[path]
-        rows[name] = _replace(params, path, product, policy, name, calibrated)
+        rows[name] = _replace(calibrated, params, path, product, policy, name, donate)
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored):
         name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
-        rank = observation.ranks.get(name.removeprefix("params/"), len(jnp.shape(leaf)))
+        rank = observation.ranks.get(name.removeprefix("params/"), len(np.shape(leaf)))
         is_weight = rank > 1 and not name.endswith("/bias")
         if is_weight and name not in rows and not is_stored(leaf):
             rows[name] = _left(model, observation, name, leaf)
-    quantized = {**variables, "params": params}
+    quantized = {
+        name: jax.tree.map(on_device, tree) if is_lazy(tree) else tree
+        for name, tree in {**variables, "params": params}.items()
+    }
     if calibrated is not None and COLLECTION in variables:
         quantized[COLLECTION] = with_scales(calibrated, quantized)
     return quantized, QuantizationReport(tuple(rows.values()))
+
+
+def _check_before_donation(variables: Any, observation: Observation) -> None:
+    """Raises for whatever would come up when some weights have been freed already."""
+    weights = {
+        _name(path, product): meta.unbox(_owner(variables["params"], path)[product.name])
+        for path, product in observation.products.items()
+    }
+    check_donated(weights, variables)
+    for name, weight in weights.items():
+        check_finite(weight, name)
+
+
+def _name(path: str, product: Product) -> str:
+    return join(("params", path, product.name)) if path else join(("params", product.name))
+
+
+def _owner(params: Any, path: str) -> Any:
+    """What a module has in a tree of parameters."""
+    for part in path.split("/") if path else ():
+        params = params[part]
+    return params
 
 
 def _left(model: nn.Module, observation: Observation, name: str, leaf: Any) -> QuantizedWeight:
@@ -153,17 +191,16 @@ def _trace(run: Callable[[], Any], model: nn.Module) -> None:
 
 
 def _replace(
+    calibrated: Calibrated | None,
     params: dict[str, Any],
     path: str,
     product: Product,
     policy: DTypePolicy,
     name: str,
-    calibrated: Calibrated | None,
+    donate: bool,
 ) -> QuantizedWeight:
     """Stores one weight as its policy asks, in place; the row that says so, or why not."""
-    owner = params
-    for part in path.split("/") if path else ():
-        owner = owner[part]
+    owner = _owner(params, path)
     boxed = owner[product.name]
     weight = meta.unbox(boxed)
     stacked = weight.ndim - len(product.shape)
@@ -179,9 +216,11 @@ def _replace(
         quantized, rounding = round_weight(calibrated, name, weight, plain)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
-    is_boxed = isinstance(boxed, meta.AxisMetadata)
-    owner[product.name] = boxed.replace_boxed(quantized) if is_boxed else quantized
-    return quantized_weight(name, weight, quantized, rounding)
+    owner[product.name] = boxed_like(boxed, quantized)
+    row = quantized_weight(name, weight, quantized, rounding)
+    if donate:
+        release(weight)
+    return row
 
 
 def layer_policies(

@@ -1,16 +1,20 @@
 """`quantize` for NNX: a layer knows its own axes, so nothing is traced."""
 
-import functools
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
+
+import mpjax_kernels as mk
 
 from .._adapters import POLICY
 from .._calibrated import Calibrated, round_weight
 from .._calibration import Calibration, plan_of
 from .._calibration_batches import first_and_all
 from .._context import Product
+from .._conv_transpose import QuantizedConvTranspose
+from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
 from .._products import QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
@@ -20,9 +24,10 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_weight, quantize_weight
+from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
 from .._stored import CannotStoreError, Stored, stored_of
 from ._calibrate import calibrate, check_runs, scales_of, scaling_of
+from ._given import given_values, put_values
 from ._rules import NORMS
 from ._wrap import author_dtype
 
@@ -30,64 +35,113 @@ from ._wrap import author_dtype
 def quantize(
     calibration: Calibration | None,
     model: nnx.Module,
-    variables: Any = None,
+    weights: Any = None,
     *args: Any,
+    donate: bool = False,
     **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if variables is not None or args or (kwargs and calibration is None):
+    if (
+        args
+        or (kwargs and calibration is None)
+        or not (weights is None or isinstance(weights, Mapping))
+    ):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
-            "nothing else, but for calibration=batches and what goes with that"
+            "nothing else, or with nested dicts of the weights to give it"
         )
-    weights = {path: (weight, layer) for path, weight, layer in _weights(model)}
-    products = {path: _product_of(layer, x, path) for path, (x, layer) in weights.items()}
-    calibrated = None
-    if calibration is not None and any(product for product, _, _ in products.values()):
-        calibrated = _calibrated(calibration, model, weights, products, kwargs)
+    if calibration is not None and weights is not None:
+        raise ValueError(
+            "`calibration` runs the model, which has no weights yet: give them to it first, or "
+            "leave one of `calibration` and the weights out"
+        )
+    given = {} if weights is None else given_values(model, weights)
     rows: list[QuantizedWeight] = []
-    replaced: dict[str, Any] = {}
-    for path, (weight, _) in weights.items():
-        value = weight.get_raw_value()
-        product, stored, reason = products[path]
-        if product is None or stored is None:
-            rows.append(left_weight(path, value, reason, wanted=stored is not None))
-            continue
-        plain = functools.partial(quantize_weight, stored=stored, product=product, path=path)
-        try:
-            replaced[path], rounding = round_weight(calibrated, path, value, plain)
-        except CannotStoreError as error:
-            rows.append(left_weight(path, value, str(error), wanted=True))
-            continue
-        rows.append(quantized_weight(path, value, replaced[path], rounding))
-    scales = {} if calibrated is None else scales_of(calibrated, replaced)
-    # After the last check: a NaN leaves the model as it was.
-    for path, quantized in replaced.items():
-        weights[path][0].set_raw_value(quantized)
-    for path, variable in scaling_of(model).items():
-        if path in scales:
+    plans: list[_Plan] = []
+    for path, weight, layer in _weights(model):
+        value = given.get(path, weight.get_raw_value())
+        product, stored, reason = _product_of(layer, weight, path)
+        if product is not None and stored is not None:
+            plan = _Plan(path, weight, layer, product, stored, len(rows))
+            reason = plan.refusal(value)
+            plans += [plan] if reason is None else []
+        rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
+    if not plans:
+        return model, QuantizationReport(tuple(rows))
+    _check_before_work(plans, given, nnx.as_pure(nnx.state(model)) if donate else None)
+    calibrated = None if calibration is None else _calibrated(calibration, model, plans, kwargs)
+    made: dict[str, Any] = {}
+    for plan in plans:
+        value = given.pop(plan.path, plan.weight.get_raw_value())
+        quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
+        rows[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
+        if donate:
+            release(value)
+        if weights is None:
+            plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
+        else:
+            made[plan.path] = quantized  # a file that turns out damaged leaves it too
+    if calibrated is not None:
+        stored_as = {plan.path: plan.weight.get_raw_value() for plan in plans}
+        scales = scales_of(calibrated, stored_as)
+        for path, variable in scaling_of(model).items():
             variable.set_raw_value(scales[path])
+    put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
     return model, QuantizationReport(tuple(rows))
 
 
 def _calibrated(
     calibration: Calibration,
     model: nnx.Module,
-    weights: Mapping[str, Any],
-    products: Mapping[str, Any],
+    plans: Sequence["_Plan"],
     kwargs: Mapping[str, Any],
 ) -> Calibrated:
     """What the batches tell."""
     first, batches = first_and_all(calibration.batches, kwargs)
     check_runs(model, first)
-    plans = {}
-    for path, (product, stored, _) in products.items():
-        weight, layer = weights[path]
-        if product is not None and stored is not None:
-            policy, value = getattr(type(layer), POLICY), weight.get_raw_value()
-            check_weight(value, path)
-            plans[path] = plan_of(calibration, policy, product, tuple(value.shape))
-    return calibrate(calibration, batches, model, plans)
+    watched = {
+        plan.path: plan_of(
+            calibration,
+            getattr(type(plan.layer), POLICY),
+            plan.product,
+            tuple(plan.weight.get_raw_value().shape),
+        )
+        for plan in plans
+    }
+    return calibrate(calibration, batches, model, watched)
+
+
+def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donated: Any) -> None:
+    """Raises for whatever would come up when some weights have been replaced already."""
+    weights = {plan.path: given.get(plan.path, plan.weight.get_raw_value()) for plan in plans}
+    if donated is not None:
+        check_donated(weights, (donated, given))
+    for path, weight in weights.items():
+        check_finite(weight, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A weight to store: its path, its variable and layer, how, and its row in the report."""
+
+    path: str
+    weight: Any
+    layer: Any
+    product: Product
+    stored: Stored
+    row: int
+
+    def rounded(self, value: Any) -> mk.QTensor:
+        """A value, rounded to nearest."""
+        return quantize_weight(value, self.stored, self.product, self.path)
+
+    def refusal(self, value: Any) -> str | None:
+        """Why it cannot be stored so, by its shape; None if it can."""
+        try:
+            check_storable(value, self.stored, self.product, self.path)
+        except CannotStoreError as error:
+            return str(error)
+        return None
 
 
 def _weights(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -116,6 +170,7 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
         return Product(name, weight.get_raw_value().shape[-2:], (1,)), stored, ""
     kinds = {"dot_general": QuantizedDotGeneral, "einsum_op": QuantizedEinsum}
     kinds["conv_general_dilated"] = QuantizedConv
+    kinds["conv_transpose"] = QuantizedConvTranspose
     kind = next((k for k in kinds if isinstance(getattr(layer, k, None), kinds[k])), None)
     if name != "kernel" or kind is None:
         return None, stored, "its layer multiplies it in no product that can be quantized"
@@ -124,7 +179,7 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
         return None, stored, axes
     ndim, contracting, batch = axes
     shape = weight.get_raw_value().shape
-    is_conv = kind == "conv_general_dilated"
+    is_conv = kind.startswith("conv")
     return Product(name, shape[len(shape) - ndim :], contracting, is_conv, batch), stored, ""
 
 
@@ -142,6 +197,10 @@ def _contracting(layer: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]] | s
     if isinstance(layer, nnx.Conv):
         ndim = len(layer.kernel_size) + 2
         return ndim, tuple(range(ndim - 1)), ()
+    if isinstance(layer, nnx.ConvTranspose):
+        ndim = len(layer.kernel_size) + 2
+        output = ndim - 2 if layer.transpose_kernel else ndim - 1
+        return ndim, tuple(axis for axis in range(ndim) if axis != output), ()
     if layer.einsum_str is None:
         return "its equation is given at each call: build the layer with einsum_str="
     operand, _, output = layer.einsum_str.replace(" ", "").partition("->")
