@@ -51,9 +51,11 @@ def test_every_finite_bit_pattern_decodes_to_its_number(name, dtype):
 
 
 # [rows, terms] by [terms, columns]: one row and more than the blocks and cuts are made for, columns
-# that divide into cuts and a prime number of them, terms that divide into blocks and not.
+# that divide into cuts and a prime number of them, terms that divide into blocks and not; and less
+# than is cut at all.
 @pytest.mark.parametrize(
-    ("rows", "terms", "columns"), [(1, 1040, 1048), (16, 1031, 1033), (130, 264, 133)]
+    ("rows", "terms", "columns"),
+    [(1, 1040, 1048), (16, 1031, 1033), (130, 264, 133), (1, 264, 133), (16, 264, 133)],
 )
 @pytest.mark.parametrize("stored", ["KN", "NK"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -68,6 +70,21 @@ def test_integer_sums_are_exact_in_every_form(format, stored, rows, terms, colum
     expected = x.astype(np.int64) @ w
     np.testing.assert_array_equal(cpu(q, r), expected)
     np.testing.assert_array_equal(cpu(r.T, q.T), expected.T)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_small_weight_is_multiplied_as_it_lies(rows):
+    """Neither cut into blocks, whose loop would copy all of it, nor turned."""
+    x, small = unit(integers(rows, 1024)), unit(integers(1024, 1024))
+
+    def compiled(w):
+        product = jax.jit(partial(mk.matmul, implementation="cpu"))
+        return product.lower(x, w).compile().as_text()
+
+    text = compiled(small)
+    assert " while(" not in text and "s8[1024,1024]{1,0} parameter" in text
+    assert "s8[1024,1024]{1,0} fusion" not in text and "s8[1024,1024]{1,0} copy" not in text
+    assert " while(" in compiled(unit(integers(1024, 1025)))
 
 
 def test_both_operands_may_be_contracted_along_their_rows():
