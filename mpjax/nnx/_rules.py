@@ -195,7 +195,9 @@ def _attention(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     if recipe is not None:
         scores, output = (_product(QuantizedEinsum, policy, recipe, f"{p}_") for p in PRODUCTS)
         return {"attention_fn": QuantizedAttention(nnx_attention, scores, output)}
-    return {"attention_fn": nnx_attention} if is_half(policy) else {}
+    if is_half(policy) or policy.quantization_mode is not None:
+        return {"attention_fn": nnx_attention}
+    return {}
 
 
 @register(nnx.RNNCellBase)
