@@ -85,16 +85,7 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
     started = time.perf_counter()
     executable = fresh.lower(*arguments).compile()
     elapsed = time.perf_counter() - started
-    memory = executable.memory_analysis()
-    if memory is None:
-        raise NotImplementedError(f"{jax.default_backend()} does not say what a program reads")
-    return Program(
-        run=lambda: jax.block_until_ready(executable(*arguments)),
-        compile_seconds=elapsed,
-        bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        text=executable.as_text(),
-    )
+    return _program(lambda: jax.block_until_ready(executable(*arguments)), executable, elapsed)
 
 
 def stepping(step: Callable[..., Any], state: Any, *arguments: Any) -> Program:
@@ -107,16 +98,22 @@ def stepping(step: Callable[..., Any], state: Any, *arguments: Any) -> Program:
     started = time.perf_counter()
     executable = fresh.lower(state, *arguments).compile()
     elapsed = time.perf_counter() - started
-    memory = executable.memory_analysis()
     held = [jax.tree.map(jnp.copy, state)]  # the caller's own is not donated
 
     def run() -> Any:
         held[0], result = executable(held[0], *arguments)
         return jax.block_until_ready(result)
 
+    return _program(run, executable, elapsed)
+
+
+def _program(run: Callable[[], Any], executable: Any, seconds: float) -> Program:
+    memory = executable.memory_analysis()
+    if memory is None:
+        raise NotImplementedError(f"{jax.default_backend()} does not say what a program reads")
     return Program(
         run=run,
-        compile_seconds=elapsed,
+        compile_seconds=seconds,
         bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         text=executable.as_text(),

@@ -79,7 +79,8 @@ def ours(policy: str, case: Case) -> Program:
     whole = mp.get_policy(policy)
     if not isinstance(whole, mp.QuantizedDTypePolicy):
         return case.program(mp.wrap(case.model(), whole).apply, case.variables())
-    layers = dict.fromkeys(LEFT_FLOAT, whole.source_name) if isinstance(case, Encode) else {}
+    left = LEFT_FLOAT if isinstance(case, Encode) else ()
+    layers: dict[str, Any] = {path: whole.source_name for path in left}
     model = mp.wrap(case.model(), mp.DTypePolicyMap(whole, layers))
     mutable = {"mutable": ["cache"]} if isinstance(case, Decode) else {}
     quantized, report = mp.quantize(

@@ -6,6 +6,7 @@ which no cache holds. Both have random weights: what they compute means nothing,
 is that of trained ones.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from _contest import Program, compiled, stepping
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import bert  # noqa: E402
+bert = importlib.import_module("bert")
 
 # Tokens that are decoded before the one whose logits are compared.
 PROMPT = 7
@@ -33,7 +34,7 @@ class Encode:
 
     batch: int
     tokens: int
-    shape: bert.Shape = bert.Shape()
+    shape: Any = bert.Shape()
 
     unit = "sentences"
 
@@ -140,7 +141,7 @@ class Decode:
 
 # Made once: the contenders share what they do not change.
 @cache
-def _encoder_variables(shape: bert.Shape) -> Any:
+def _encoder_variables(shape: Any) -> Any:
     return jax.device_put(bert.from_tensors(bert.random_tensors(shape, 0), shape))
 
 

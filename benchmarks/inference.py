@@ -47,7 +47,7 @@ QUICK_CASES = {
         Decode(depth=1, width=128, heads=4, vocabulary=128, context=16),
     )
 }
-ROUNDS, QUICK_ROUNDS, PROFILE_ROUNDS = 11, 2, 20
+ROUNDS, QUICK_ROUNDS, PROFILE_ROUNDS = 11, 2, 15
 PROFILED = ("flax_float32", "int8_from_float32", "qwix_int8")
 
 # Our int8, a peer, and the throughput of it that we want at least.
