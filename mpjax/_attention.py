@@ -13,6 +13,7 @@ A policy with `quantize_attention=True` has the two products in 8 bits, as those
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,11 @@ class QuantizedAttention:
     attention: Callable[..., Array]
     scores_einsum: Einsum
     output_einsum: Einsum
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of `attention`: Linen passes an attention function only what its signature names."""
+        return inspect.signature(self.attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         """Same arguments as `attention`."""
