@@ -82,7 +82,7 @@ def ours(policy: str, case: Case) -> Program:
     left = LEFT_FLOAT if isinstance(case, Encode) else ()
     layers: dict[str, Any] = {path: whole.source_name for path in left}
     model = mp.wrap(case.model(), mp.DTypePolicyMap(whole, layers))
-    mutable = {"mutable": ["cache"]} if isinstance(case, Decode) else {}
+    mutable: dict[str, Any] = {"mutable": ["cache"]} if isinstance(case, Decode) else {}
     quantized, report = mp.quantize(
         model, case.variables(), *case.example(), return_report=True, **mutable
     )
