@@ -220,7 +220,7 @@ def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[
     if not author and recipe is not None:
         scores, output = (QuantizedEinsum(**_fields(layer, recipe, f"{p}_")) for p in PRODUCTS)
         attention = {"attention_fn": QuantizedAttention(linen_attention, scores, output)}
-    elif not author and is_half(layer.policy):
+    elif not author and (is_half(layer.policy) or layer.policy.quantization_mode is not None):
         attention = {"attention_fn": linen_attention}
     if module.decode and layer.method == "__call__":
         attention |= _decoding(layer, author, attention.get("attention_fn", linen_attention))

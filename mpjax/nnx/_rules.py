@@ -209,7 +209,7 @@ def _attention(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     if is_flax and recipe is not None:
         scores, output = (_product(QuantizedEinsum, policy, recipe, f"{p}_") for p in PRODUCTS)
         lent["attention_fn"] = QuantizedAttention(nnx_attention, scores, output)
-    elif is_flax and is_half(policy):
+    elif is_flax and (is_half(policy) or policy.quantization_mode is not None):
         lent["attention_fn"] = nnx_attention
     return lent
 
