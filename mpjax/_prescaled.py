@@ -60,6 +60,11 @@ class PreScaledWeight:
         return self.quantized.layout
 
     @property
+    def stored_axes(self) -> tuple[int, ...]:
+        """As the QTensor's."""
+        return self.quantized.stored_axes
+
+    @property
     def format(self) -> mk.Format:
         """As the QTensor's."""
         return self.quantized.format

@@ -83,7 +83,7 @@ class Layer:
     def _ordered_as_stored(self, name: str, init_fn: Callable[..., Any]) -> Callable[..., Any]:
         """Flax compares the shape that `init_fn` gives with that of the stored values."""
         stored = meta.unbox(self.module.get_variable("params", name))
-        if not isinstance(stored, mk.QTensor) or stored.layout is None:
+        if not is_stored(stored) or stored.layout is None:
             return init_fn
         transpose = functools.partial(jnp.transpose, axes=stored.stored_axes)
         return lambda *args, **kwargs: jax.tree.map(transpose, init_fn(*args, **kwargs))
