@@ -24,6 +24,7 @@ import mpjax_kernels as mk
 FLOAT32 = "Flax float32, unwrapped"
 W8A16, W8A8 = "int8_weight_only_from_float32", "int8_from_float32"
 FLOAT8, INT4 = "float8/row_from_float32", "int4/128_from_float32, asymmetric"
+SMOOTHQUANT, GPTQ = f"{W8A8}, SmoothQuant", "int4/128_from_float32, GPTQ"
 POLICIES = {
     "mixed_bfloat16": mp.DTypePolicy("mixed_bfloat16"),
     W8A16: mp.QuantizedDTypePolicy("int8_weight_only", "float32"),
@@ -35,6 +36,8 @@ POLICIES = {
     FLOAT8: mp.QuantizedDTypePolicy("float8/row", "float32"),
     INT4: mp.QuantizedDTypePolicy("int4/128", "float32", symmetric=False),
 }
+# Policies whose weights a method makes of batches of sentences.
+CALIBRATED = {SMOOTHQUANT: (POLICIES[W8A8], "smoothquant"), GPTQ: (POLICIES[INT4], "gptq")}
 ONNX_FLOAT32, ONNX_INT8 = "ONNX Runtime float32", "ONNX Runtime dynamic int8"
 TABLES = ("words", "positions", "types")
 LEFT_FLOAT = ("types",)
@@ -69,7 +72,11 @@ def flax_encoder(pretrained: Pretrained) -> Encoder:
 
 
 def wrapped_encoder(
-    pretrained: Pretrained, policy: mp.DTypePolicy, left_float: Sequence[str] = LEFT_FLOAT
+    pretrained: Pretrained,
+    policy: mp.DTypePolicy,
+    left_float: Sequence[str] = LEFT_FLOAT,
+    method: str | None = None,
+    calibration: Sequence[Batch] = (),
 ) -> Encoder:
     """The model under a policy, its weights quantized if the policy quantizes.
 
@@ -77,12 +84,19 @@ def wrapped_encoder(
       pretrained: the weights.
       policy: what its layers compute in.
       left_float: layers whose weights are not quantized, by path.
+      method: by which weights are rounded; None: to nearest.
+      calibration: what the method learns from.
     """
     model, variables = bert.SentenceEncoder(pretrained.shape), _variables(pretrained)
     if not isinstance(policy, mp.QuantizedDTypePolicy):
         return _encoder(mp.wrap(model, policy), variables)
     layers = dict.fromkeys(left_float, policy.source_name)
     wrapped = mp.wrap(model, mp.DTypePolicyMap(policy, layers))
+    if method is not None:
+        batches = ((batch.tokens, batch.mask) for batch in calibration)
+        return _encoder(
+            wrapped, mp.quantize(wrapped, variables, calibration=batches, method=method)
+        )
     example = jax.ShapeDtypeStruct((1, 16), "int32"), jax.ShapeDtypeStruct((1, 16), "bool")
     return _encoder(wrapped, mp.quantize(wrapped, variables, *example))
 

@@ -5,12 +5,22 @@ from dataclasses import dataclass, field
 import numpy as np
 from rich import box
 from rich.table import Table
-from sentence_encoder_models import FLOAT8, FLOAT32, INT4, ONNX_FLOAT32, ONNX_INT8, W8A8, W8A16
+from sentence_encoder_models import (
+    FLOAT8,
+    FLOAT32,
+    GPTQ,
+    INT4,
+    ONNX_FLOAT32,
+    ONNX_INT8,
+    SMOOTHQUANT,
+    W8A8,
+    W8A16,
+)
 
 # Of whom the mean cosine, and the share of equal nearest neighbors, is at least this.
-COSINES = {W8A16: 0.999, W8A8: 0.997, FLOAT8: 0.997, INT4: 0.955}
-NEIGHBORS = {W8A16: 0.97, W8A8: 0.93}
-BYTES = {W8A16: 0.30, W8A8: 0.30, INT4: 0.20}  # of float32's
+COSINES = {W8A16: 0.999, W8A8: 0.997, SMOOTHQUANT: 0.9985, FLOAT8: 0.997, INT4: 0.955, GPTQ: 0.98}
+NEIGHBORS = {W8A16: 0.97, W8A8: 0.93, SMOOTHQUANT: 0.95}
+BYTES = {W8A16: 0.30, W8A8: 0.30, SMOOTHQUANT: 0.30, INT4: 0.20, GPTQ: 0.20}  # of float32's
 
 
 @dataclass

@@ -46,8 +46,10 @@ from ._policy import DTypePolicy as DTypePolicy
 from ._policy import FloatDTypePolicy as FloatDTypePolicy
 from ._policy_map import DTypePolicyMap as DTypePolicyMap
 from ._policy_map import FrozenDTypePolicyMap as FrozenDTypePolicyMap
+from ._prescaled import PreScaledWeight as PreScaledWeight
 from ._quantization_report import QuantizationReport as QuantizationReport
 from ._quantization_report import QuantizedWeight as QuantizedWeight
+from ._quantization_report import Rounding as Rounding
 from ._quantize import quantize as quantize
 from ._quantized_policy import QuantizedDTypePolicy as QuantizedDTypePolicy
 from ._quantized_policy import QuantizedFloat8DTypePolicy as QuantizedFloat8DTypePolicy

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import mpjax_kernels as mk
+from ._prescaled import is_stored
 
 
 def is_floating(x: Any) -> bool:
@@ -36,7 +36,7 @@ def in_dtypes_of(value: Any, stored: Any) -> Any:
 def cast_floating(tree: Any, dtype: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Casts every floating array leaf of `tree` to `dtype`.
 
-    Integers, bools, PRNG keys, complex numbers, `QTensor`s and everything that is not an array
+    Integers, bools, PRNG keys, complex numbers, stored weights and everything that is not an array
     pass untouched, and an array that already has the dtype is the same object.
 
     Args:
@@ -50,6 +50,6 @@ def cast_floating(tree: Any, dtype: Any, *, is_leaf: Callable[[Any], bool] | Non
     dtype = jnp.dtype(dtype)
 
     def stop(x: Any) -> bool:
-        return isinstance(x, mk.QTensor) or (is_leaf is not None and is_leaf(x))
+        return is_stored(x) or (is_leaf is not None and is_leaf(x))
 
     return jax.tree.map(lambda x: cast_array(x, dtype), tree, is_leaf=stop)

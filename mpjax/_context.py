@@ -24,11 +24,15 @@ class Observation:
       policies: absolute layer path -> the policy that it resolved to, in order of first call.
       products: absolute layer path -> how the layer's weight entered a quantized product.
       ranks: absolute path of a parameter -> its number of axes as its layer sees it.
+      calibrating: whether batches run for calibration: products multiply floats.
+      observed: while calibrating, paths of what observed an operand, in order of first call.
     """
 
     policies: dict[str, Any] = dataclasses.field(default_factory=dict)
     products: dict[str, "Product"] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    calibrating: bool = False
+    observed: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,14 @@ class Product:
       shape: of the weight as the product sees it.
       contracting: the axes that the product sums over.
       is_conv: whether the product is a convolution.
+      batch: the axes that it shares with the other operand and keeps.
     """
 
     name: str
     shape: tuple[int, ...]
     contracting: tuple[int, ...]
     is_conv: bool = False
+    batch: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +73,21 @@ def current_observation() -> Observation | None:
     return _observation.get()
 
 
+def calibration_in_progress() -> Observation | None:
+    """The observation of a calibration whose batches are running, or None."""
+    frame = active.value
+    observation = None if frame is None else frame.observation
+    return observation if observation is not None and observation.calibrating else None
+
+
 @contextlib.contextmanager
-def observe() -> Iterator[Observation]:
+def observe(observation: Observation | None = None) -> Iterator[Observation]:
     """Collects what the layers of wrapped models do while a function is traced.
 
     The observation is part of each frame opened inside, hence of jit's cache keys: a layer whose
     trace was cached before is traced again, and so is seen.
     """
-    observation = Observation()
+    observation = Observation() if observation is None else observation
     token = _observation.set(observation)
     try:
         yield observation

@@ -33,7 +33,8 @@ from ._safetensors import (
     strict_json,
 )
 
-VERSION = 1
+VERSION = 2
+_SINCE = {"prescaled": 2}  # the version that first had a kind of leaf; others are of version 1
 MAX_DEPTH = 64  # of nested dicts; JAX recurses over them
 Key = str | int
 _HEADER, _CRC32 = "mpjax", "mpjax_crc32"
@@ -128,7 +129,9 @@ class Header:
             }
             for leaf in self.leaves
         ]
-        content = {"version": VERSION, "mpjax": self.mpjax, "policy": self.policy, "leaves": leaves}
+        # The oldest that can hold it, so that an older mpjax reads what it can.
+        version = max((_SINCE.get(leaf.kind, 1) for leaf in self.leaves), default=1)
+        content = {"version": version, "mpjax": self.mpjax, "policy": self.policy, "leaves": leaves}
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
         return {_HEADER: text, _CRC32: f"{zlib.crc32(text.encode()):08x}"}
 

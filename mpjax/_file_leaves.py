@@ -4,6 +4,7 @@ kind            arrays                            static
 array           value
 key             value: the key's data             impl
 qtensor         values, scale, zero_point         format, dtype, layout
+prescaled       the same, pre_quant_scale         the same
 scaling_state   amax_history, scale, observed     recipe, format, of_gradient
 dict            none: it is empty
 """
@@ -18,6 +19,7 @@ import numpy as np
 
 import mpjax_kernels as mk
 
+from ._prescaled import PreScaledWeight, is_stored
 from ._safetensors import BY_NAME
 from ._scaling import DelayedScaling, ScalingState, StaticScaling
 
@@ -47,13 +49,16 @@ def take_apart(leaf: Any) -> LeafParts:
     Raises:
       TypeError: a file of weights holds nothing of its type.
     """
-    if isinstance(leaf, mk.QTensor):
+    if is_stored(leaf):
         names = ["values", "scale"] + ["zero_point"] * (leaf.zero_point is not None)
         if leaf.dtype.name not in BY_NAME:
             raise TypeError(f"is a QTensor of logical dtype {leaf.dtype}, which safetensors lacks")
         layout = None if leaf.layout is None else list(leaf.layout)
         static = {"format": leaf.format.name, "dtype": leaf.dtype.name, "layout": layout}
-        return LeafParts("qtensor", static, {name: getattr(leaf, name) for name in names})
+        is_prescaled = isinstance(leaf, PreScaledWeight)
+        names += ["pre_quant_scale"] * is_prescaled
+        kind = "prescaled" if is_prescaled else "qtensor"
+        return LeafParts(kind, static, {name: getattr(leaf, name) for name in names})
     if isinstance(leaf, ScalingState):
         return LeafParts("scaling_state", _static_of_state(leaf), _arrays_of_state(leaf))
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -104,6 +109,15 @@ def _qtensor(
     return q
 
 
+def _prescaled(pre_quant_scale: Any, **parts: Any) -> PreScaledWeight:
+    q = _qtensor(**parts)
+    shape = pre_quant_scale.shape
+    fits = all(size in (1, whole) for size, whole in zip(shape, q.shape, strict=True))
+    if pre_quant_scale.dtype != jnp.float32 or not fits:
+        raise ValueError(f"{q!r} has a pre_quant_scale of {pre_quant_scale.dtype} {shape}")
+    return PreScaledWeight(q, pre_quant_scale)
+
+
 def _scaling_state(
     amax_history: Any, scale: Any, observed: Any, recipe: Any, format: str, of_gradient: bool
 ) -> ScalingState:
@@ -131,6 +145,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "array": _array,
     "key": _key,
     "qtensor": _qtensor,
+    "prescaled": _prescaled,
     "scaling_state": _scaling_state,
     "dict": dict,
 }

@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool
 
-import mpjax_kernels as mk
-
 from ._loss_scale import training_loss_scale
 from ._loss_scale_state import LossScaleState, all_finite
 from ._manual_axes import manual_axes
 from ._max_gradient import amax_of, probe_of
+from ._prescaled import is_stored
 from ._scaling import Probe, ScalingState, map_states
 
 
@@ -178,11 +177,9 @@ def check_variables(variables: Any) -> None:
             "`variables` must be what `init` returned, a mapping with 'params' (and 'scaling', "
             f"where the policy keeps state), but got {names}"
         )
-    leaves = jax.tree.leaves_with_path(
-        variables["params"], is_leaf=lambda x: isinstance(x, mk.QTensor)
-    )
+    leaves = jax.tree.leaves_with_path(variables["params"], is_leaf=is_stored)
     for path, leaf in leaves:
-        if isinstance(leaf, mk.QTensor):
+        if is_stored(leaf):
             raise ValueError(
                 f"'params{jax.tree_util.keystr(path)}' is quantized ({leaf!r}), so it has no "
                 "gradient: train the float weights, and call mp.quantize afterwards"

@@ -51,11 +51,6 @@ class Mode:
         """The part of the name before the first slash, such as `"int4"` or `"int8_static"`."""
         return self.name.partition("/")[0]
 
-    @property
-    def available(self) -> bool:
-        """Whether mpjax can run this mode today; the others are parsed, stored and compared."""
-        return self.method is None
-
 
 _VARIANTS = {
     "int8": (
@@ -75,7 +70,7 @@ _FIXED = {mode.name: mode for variants in _VARIANTS.values() for mode in variant
 
 
 def modes() -> tuple[Mode, ...]:
-    """Returns one `Mode` per mode that mpjax can name, available or not.
+    """Returns one `Mode` per mode that mpjax can name.
 
     Group sizes are free: `int4/128` stands for `int4/<any positive size>`.
     """

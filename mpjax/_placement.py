@@ -6,9 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-import mpjax_kernels as mk
-
 from ._paths import join
+from ._prescaled import is_stored
 from ._save import unboxed
 from ._scaling import ScalingState
 
@@ -57,7 +56,9 @@ def shardings_of_parts(sharding: Any, leaf: Any, parts: Mapping[str, Any], path:
       TypeError: `sharding` is no sharding.
       ValueError: an axis cannot be cut so.
     """
-    if isinstance(sharding, mk.QTensor | ScalingState) and isinstance(sharding, type(leaf)):
+    if (is_stored(sharding) or isinstance(sharding, ScalingState)) and isinstance(
+        sharding, type(leaf)
+    ):
         found = {name: getattr(sharding, name) for name in parts}
     else:
         found = {name: _of_part(sharding, leaf, name, array) for name, array in parts.items()}
@@ -71,7 +72,7 @@ def _of_part(sharding: Any, leaf: Any, part: str, array: jax.ShapeDtypeStruct) -
         return sharding
     if isinstance(leaf, ScalingState):
         return NamedSharding(sharding.mesh, PartitionSpec(), memory_kind=sharding.memory_kind)
-    if not isinstance(leaf, mk.QTensor):
+    if not is_stored(leaf):
         return sharding
     if part != "values":
         pairs = zip(array.shape, sharding.spec, strict=False)

@@ -8,10 +8,8 @@ from typing import Any, Self, overload
 import jax
 
 from ._identifiers import single_policy
-from ._modes import modes
 from ._policy import DTypePolicy
 from ._policy_lookup import PolicyLookup
-from ._quantized_policy import QuantizedDTypePolicy
 
 
 class DTypePolicyMap(PolicyLookup, MutableMapping[str, DTypePolicy]):
@@ -154,30 +152,6 @@ def resolve(policy: Policy, path: str) -> DTypePolicy:
         ValueError: If several keys of the map match `path` and none is equal to it.
     """
     return policy if isinstance(policy, DTypePolicy) else policy[path]
-
-
-def require_available(policy: Policy) -> None:
-    """Checks that mpjax can run every quantization mode that `policy` asks for.
-
-    Raises:
-        NotImplementedError: If it cannot; the message names the mode, its key in a map, and the
-            modes that can be run.
-    """
-    if isinstance(policy, DTypePolicy):
-        _require_available(policy, "")
-        return
-    _require_available(policy.default_policy, " (the default of a map)")
-    for key, entry in policy.items():
-        _require_available(entry, f" (key {key!r} of a map)")
-
-
-def _require_available(policy: DTypePolicy, where: str) -> None:
-    if isinstance(policy, QuantizedDTypePolicy) and not policy.scheme.available:
-        available = [mode.name for mode in modes() if mode.available]
-        raise NotImplementedError(
-            f"Quantization mode {policy.mode!r} of policy {policy.name!r}{where} is not available "
-            f"yet. Available modes: {available}."
-        )
 
 
 def _snapshot(policy_map: DTypePolicyMap) -> FrozenDTypePolicyMap:

@@ -12,7 +12,7 @@ weight that `mp.quantize` stored (`_stored.py` says how) are not.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,12 +20,14 @@ import jax.numpy as jnp
 
 import mpjax_kernels as mk
 
-from ._context import Product, active
+from ._context import Product, active, calibration_in_progress
 from ._manual_axes import check_tracked
+from ._observed import ObservedScaling, ObservedWeight
+from ._prescaled import PreScaledWeight, prescaled
 from ._scaling import ScalingState
 from ._stored import Stored, runs
 
-Operand = jax.Array | mk.QTensor
+Operand = jax.Array | mk.QTensor | PreScaledWeight
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
 _IN_8_BITS = ("cpu", "gpu", "xla")
@@ -43,6 +45,10 @@ class States(Protocol):
         """Merges amaxes of the forward pass into the states, where these may change."""
         ...
 
+    def write(self, states: Mapping[str, ObservedScaling]) -> None:
+        """Replaces states, while batches run for calibration."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Stateless:
@@ -54,6 +60,17 @@ class Stateless:
 
     def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
         """Nothing to change."""
+
+    def write(self, states: Mapping[str, ObservedScaling]) -> None:
+        """Nothing to replace."""
+
+
+class Kernel(Protocol):
+    """Where a layer keeps its kernel."""
+
+    def write(self, weight: ObservedWeight) -> None:
+        """Replaces it, while batches run for calibration."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +84,7 @@ class _QuantizedProduct:
       stored: how a weight is stored, and what multiplies it, for one that is.
       states: the scales that are known before.
       path: the layer's path, under which the product is reported to `observe`; None: not reported.
+      kernel: where the layer keeps its kernel; None if it has none.
     """
 
     compute_dtype: str
@@ -74,6 +92,38 @@ class _QuantizedProduct:
     stored: Stored
     states: States = Stateless()
     path: str | None = None
+    kernel: Kernel | None = None
+
+    def _calibrating(
+        self, lhs: jax.Array, rhs: Any, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
+    ) -> jax.Array | None:
+        """While batches run for calibration: observes, and returns the float kernel; else None."""
+        if calibration_in_progress() is None:
+            return None
+        operands = {"input": lhs, "kernel": rhs}
+        self.states.write(
+            {
+                name: state.with_operand(operands[name])
+                for name, state in self.states.read().items()
+                if isinstance(state, ObservedScaling)
+            }
+        )
+        if not isinstance(rhs, ObservedWeight):
+            return jnp.asarray(rhs).astype(lhs.dtype)
+        assert self.kernel is not None
+        self.kernel.write(rhs.with_input(lhs, lhs_axes, rhs_axes))
+        return rhs.weight.astype(lhs.dtype)
+
+    def _stored_operands(
+        self, x: jax.Array, weight: mk.QTensor | PreScaledWeight, lhs_axes: Any, rhs_axes: Any
+    ) -> tuple[jax.Array | mk.QTensor, mk.QTensor]:
+        """What is multiplied for a stored weight: both operands as they enter the kernel."""
+        if not isinstance(weight, PreScaledWeight):
+            return self._activation(x, weight, tuple(lhs_axes)), weight
+        wide = prescaled(x, weight.pre_quant_scale, lhs_axes, rhs_axes)
+        activation = self._activation(wide, weight.quantized, tuple(lhs_axes))
+        is_array = not isinstance(activation, mk.QTensor)
+        return activation.astype(x.dtype) if is_array else activation, weight.quantized
 
     def _trained(
         self, product: Any, *operands: Any, implementation: Any = _IN_8_BITS, **options: Any
@@ -138,7 +188,7 @@ def _probes(states: Mapping[str, ScalingState]) -> mk.DotScales:
 
 
 class QuantizedDotGeneral(_QuantizedProduct):
-    """`lax.dot_general(activation, kernel)` in 8 bits; the kernel an array or a `QTensor`."""
+    """`lax.dot_general(activation, kernel)` in 8 bits; the kernel an array or stored."""
 
     def __call__(
         self,
@@ -151,15 +201,19 @@ class QuantizedDotGeneral(_QuantizedProduct):
     ) -> jax.Array:
         """Same arguments as `jax.lax.dot_general`."""
         _refuse_out_sharding(out_sharding)
-        (lhs_axes, rhs_axes), _ = dimension_numbers
-        _observe(self.path, Product("kernel", tuple(rhs.shape), tuple(sorted(rhs_axes))))
+        (lhs_axes, rhs_axes), (_, batch) = dimension_numbers
+        summed = tuple(sorted(rhs_axes))
+        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
-        if isinstance(rhs, mk.QTensor):
-            x = self._activation(lhs, rhs, tuple(lhs_axes))
-            return mk.dot_general(x, rhs, dimension_numbers, implementation=_IN_8_BITS, **options)
+        if isinstance(rhs, mk.QTensor | PreScaledWeight):
+            x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
+            return mk.dot_general(x, w, dimension_numbers, implementation=_IN_8_BITS, **options)
+        observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
+        if observed is not None:
+            return jax.lax.dot_general(lhs, observed, dimension_numbers, **options)
         if self.formats is None:
             return jax.lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, **options)
         return self._trained(mk.quantized_dot_general, lhs, rhs, dimension_numbers, **options)
@@ -205,14 +259,19 @@ class QuantizedEinsum(_QuantizedProduct):
         """Same arguments as `jnp.einsum` with two operands, the second the kernel."""
         _refuse_out_sharding(out_sharding)
         lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
-        _observe(self.path, Product("kernel", tuple(rhs.shape), tuple(sorted(rhs_axes))))
+        _, batch = mk.batch_axes(equation, lhs.ndim, rhs.ndim)
+        summed = tuple(sorted(rhs_axes))
+        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=batch))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
-        if isinstance(rhs, mk.QTensor):
-            x = self._activation(lhs, rhs, lhs_axes)
-            return mk.einsum(equation, x, rhs, implementation=_IN_8_BITS, **options)
+        if isinstance(rhs, mk.QTensor | PreScaledWeight):
+            x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
+            return mk.einsum(equation, x, w, implementation=_IN_8_BITS, **options)
+        observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
+        if observed is not None:
+            return jnp.einsum(equation, lhs, observed, **options)
         if self.formats is None:
             return jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), **options)
         return self._trained(mk.quantized_einsum, equation, lhs, rhs, **options)
@@ -224,7 +283,7 @@ class QuantizedConv(_QuantizedProduct):
     def __call__(
         self,
         lhs: jax.Array,
-        rhs: Operand,
+        rhs: jax.Array | mk.QTensor,
         window_strides: Any,
         padding: Any,
         lhs_dilation: Any = None,
@@ -252,6 +311,9 @@ class QuantizedConv(_QuantizedProduct):
         if isinstance(rhs, mk.QTensor):
             x = self._activation(lhs, rhs, tuple(sorted(spec.lhs_spec[1:])))
             return mk.conv_general_dilated(x, rhs, window_strides, padding, **how)
+        observed = self._calibrating(lhs, rhs, (), ())
+        if observed is not None:
+            return jax.lax.conv_general_dilated(lhs, observed, window_strides, padding, **options)
         if self.formats is None:
             rhs = rhs.astype(lhs.dtype)
             return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)

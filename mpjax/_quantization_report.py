@@ -3,7 +3,33 @@
 import dataclasses
 from typing import Any
 
-import mpjax_kernels as mk
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How a weight came to be rounded.
+
+    Attributes:
+      method: that was tried, `"smoothquant"`, `"awq"` or `"gptq"`; None: none.
+      plain_error: of the layer's outputs when the weight is rounded to nearest, on the calibration
+        data, in units of their root mean square; over all layers of a stack.
+      error: the same, as the weight is stored now.
+      note: what is to be said of it: that plain rounding was better and so was kept, or why a
+        method that was asked for was not tried.
+    """
+
+    method: str | None = None
+    plain_error: float | None = None
+    error: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        errors = ""
+        if self.plain_error is not None:
+            errors = f"{self.method}: error {self.plain_error:.2%} -> {self.error:.2%}"
+        return "; ".join(part for part in (errors, self.note) if part)
+
+
+PLAIN = Rounding()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +45,7 @@ class QuantizedWeight:
       bytes_after: of what is stored now, scales and zero points included.
       reason: why it was left as it was; None if it was quantized.
       wanted: whether its policy asks to quantize it.
+      rounding: by which method it was rounded, and the errors with and without.
     """
 
     path: str
@@ -29,6 +56,7 @@ class QuantizedWeight:
     bytes_after: int
     reason: str | None = None
     wanted: bool = True
+    rounding: Rounding = PLAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +83,7 @@ class QuantizationReport:
         rows = [("weight", "shape", "stored as", "scales", "MB", "")]
         for each in self.weights:
             shape = "x".join(map(str, each.shape))
-            size, why = f"{each.bytes_after / 1e6:.3g}", each.reason or ""
+            size, why = f"{each.bytes_after / 1e6:.3g}", each.reason or str(each.rounding)
             rows.append((each.path, shape, each.dtype, str(each.scales or ""), size, why))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         cells = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
@@ -65,10 +93,18 @@ class QuantizationReport:
         return "\n".join([*("  ".join(row).rstrip() for row in cells), total])
 
 
-def quantized_weight(path: str, before: Any, after: mk.QTensor) -> QuantizedWeight:
+def quantized_weight(
+    path: str, before: Any, after: Any, rounding: Rounding = PLAIN
+) -> QuantizedWeight:
     """The row of a weight that was quantized."""
     return QuantizedWeight(
-        path, after.shape, after.format.name, after.scale.size, before.nbytes, after.nbytes
+        path,
+        after.shape,
+        after.format.name,
+        after.scale.size,
+        before.nbytes,
+        after.nbytes,
+        rounding=rounding,
     )
 
 

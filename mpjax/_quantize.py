@@ -14,10 +14,13 @@ from jax.sharding import NamedSharding
 
 import mpjax_kernels as mk
 
+from ._calibration_request import ask, split_method
 from ._checkpoint_leaves import committed
 from ._context import Product
 from ._lazy_array import LazyArray, in_memory
+from ._observers import Observer
 from ._placement import shardings_of_parts
+from ._prescaled import is_stored
 from ._quantization_report import QuantizationReport
 from ._stored import CannotStoreError, Stored, cut
 from ._wrap import policies_of, wrapped_adapter_of
@@ -27,6 +30,10 @@ def quantize(
     model: Any,
     variables: Any = None,
     *args: Any,
+    calibration: Any = None,
+    method: Any = None,
+    observer: Observer | None = None,
+    progress: bool | None = None,
     return_report: bool = False,
     donate: bool = False,
     **kwargs: Any,
@@ -45,6 +52,8 @@ def quantize(
         float8_current      E4M3, per tensor                E4M3, per tensor, at every call
         float8/row          E4M3, per output channel        E4M3, per row, at every call
         float8/128x128      E4M3, per block of 128 x 128    E4M3, per 128 of a row, at every call
+        gptq/4/128          as int4/128, by GPTQ            in the compute dtype
+        awq/4/128           as int4/128, by AWQ             in the compute dtype
 
     (`int8_delayed` as `int8_static`.) The wrapped model applies the result. int8 products
     accumulate in int32, float8 in float32. No float copy of a quantized weight is kept.
@@ -61,13 +70,40 @@ def quantize(
 
     `jax.eval_shape(lambda v: mp.quantize(model, v, x), variables)` gives the shapes of the result.
 
+    With `calibration`, batches run through the float model, in the compute dtype and under jit, and
+    one of them is held at a time. They decide
+
+        static and delayed scales   the `scaling` states get what `observer` makes of the inputs
+        method="smoothquant"        a multiplier per input channel that suits weight and activation
+        method="awq"                the same for weights alone, where activations stay floats
+        method="gptq"               which of its neighbours a weight is rounded to
+
+    Of a method and rounding to nearest, each layer (of a stack, too) keeps the one whose outputs
+    are closer to the float ones on these batches; the report has both errors. A multiplier is
+    stored with the weight. Methods are for dense layers, einsums and attention projections;
+    convolutions, tables and products with batch axes are rounded to nearest, as the report says.
+
     Args:
       model: a wrapped Linen or NNX module, under a policy such as `"int8_from_mixed_bfloat16"`.
       variables: Linen: the variables to quantize, `{"params": ..., ...}`, as `apply` takes them;
         leaves may be `LazyArray`s of `mpjax.open_weights`. NNX: nothing, the model holds its
         weights; or nested dicts of those to give it, by path, lazy ones too: all that it has not.
       *args: Linen: the arguments of one call, `x`. Arrays may be `jax.ShapeDtypeStruct`s: the call
-        is traced to meet the layers, never run. NNX: nothing.
+        is traced to meet the layers, never run. With `calibration` they may be left out, and the
+        first batch serves. NNX: nothing.
+      calibration: an iterable of batches, in any number, such as a generator. A batch is what the
+        model is called with: a tuple of positional arguments, a dict of keyword arguments, or
+        anything else as the one argument (so a dict or tuple that is itself the argument goes into
+        a tuple). Each shape is compiled once. Give the arguments of inference (`train=False`).
+      method: how weights are rounded: `"smoothquant"`, `"awq"` or `"gptq"`; None: to nearest, or
+        as the policy says. Linen: a function, or the name of a method of the model, is instead
+        what Flax' `apply` calls in place of `__call__`; beside a method of rounding it may stand
+        in the batches, `{"x": x, "method": "encode"}`.
+      observer: what static scales are made from: `AbsMax()` (the default), `Percentile()`,
+        `MSE()`, `MovingAverage()` or `Entropy()`. What SmoothQuant has smoothed is judged by the
+        256 rows that it keeps as a sample, but for `AbsMax()`, which is exact.
+      progress: whether to show a bar (needs tqdm); None: where it is installed and standard error
+        is a terminal.
       return_report: whether to return a `QuantizationReport` too, which says of every weight how
         it is stored, or why it was left. Without it, weights that were left although their policy
         quantizes them are warned of.
@@ -84,17 +120,32 @@ def quantize(
     Raises:
       ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
         another model, are quantized already, or hold a NaN or an infinity (named by its path); an
-        opened file lacks a weight, or has one that the model has not.
+        opened file lacks a weight, or has one that the model has not. Of `calibration`: it is
+        empty, has a batch without rows or with a NaN, or makes one in a layer (batch, layer and
+        operand are named), nothing needs it, or it is needed and missing; a `method` is unknown,
+        ambiguous or not the policy's. Nothing is changed then.
       ModelFileError: a file of weights is damaged, or has changed since it was opened.
-      TypeError: `model` is not a Flax module, or arguments are missing.
+      TypeError: `model` is not a Flax module, arguments are missing, or `calibration` or `observer`
+        is something else.
       NotImplementedError: the model uses a kernel in a way that no stored weight can follow, such
-        as a weight normalization of it, or a stack of layers along another axis than the first.
+        as a weight normalization of it, or a stack of layers along another axis than the first;
+        or, with `calibration`, shares it between the steps of a scan or vmap.
+      ImportError: `progress=True` without tqdm.
 
     Warns:
       UserWarning: weights were left in their source precision, see `return_report`.
+
+    References:
+      Xiao et al., SmoothQuant, 2022, https://arxiv.org/abs/2211.10438
+      Lin et al., AWQ, 2023, https://arxiv.org/abs/2306.00978
+      Frantar et al., GPTQ, 2022, https://arxiv.org/abs/2210.17323
     """
     adapter = wrapped_adapter_of(model)
-    quantized, report = adapter.quantize(model, variables, *args, donate=donate, **kwargs)
+    method, called = split_method(method, model)
+    kwargs = kwargs if called is None else {**kwargs, "method": called}
+    policies = policies_of(adapter.policy_of(model))
+    asked = ask(policies, calibration, method, observer, progress, variables)
+    quantized, report = adapter.quantize(asked, model, variables, *args, donate=donate, **kwargs)
     if not report.quantized:
         raise _nothing_to_quantize(report, type(model).__name__, adapter.policy_of(model))
     if return_report:
@@ -156,7 +207,7 @@ def check_storable(
     weight: Any, stored: Stored, product: Product, path: str
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """The axes that share a scale and their group sizes; raises as `quantize_weight` of shapes."""
-    if isinstance(weight, mk.QTensor):
+    if is_stored(weight):
         raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
     if product.is_conv and stored.granularity not in ("tensor", "channel"):
         raise CannotStoreError(
@@ -183,7 +234,7 @@ def _placed_like(weight: jax.Array, q: mk.QTensor, path: str) -> mk.QTensor:
 
 def check_finite(weight: Any, path: str) -> None:
     """Raises ValueError if a float weight that is in memory holds a NaN or an infinity."""
-    if isinstance(weight, LazyArray | Tracer | mk.QTensor | jax.ShapeDtypeStruct):
+    if isinstance(weight, LazyArray | Tracer | jax.ShapeDtypeStruct) or is_stored(weight):
         return
     if not jnp.isfinite(_nan_of(jnp.asarray(weight))):
         bad = int(_non_finite(jnp.asarray(weight)))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._policy import DTypePolicy
-from ._policy_map import FrozenDTypePolicyMap, freeze, require_available
+from ._policy_map import FrozenDTypePolicyMap, freeze
 from ._serialize import get_policy
 
 M = TypeVar("M")
@@ -43,7 +43,6 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
       TypeError: `module` is neither a Linen nor an NNX module.
       ValueError: the policy computes in a dtype that is not floating, needs `jax_enable_x64`, or,
         for NNX, has a map key that reaches no layer (Linen tells at `init`, `apply`, `quantize`).
-      NotImplementedError: the policy names a quantization mode that is not built yet.
 
     References:
       Keras mixed precision policies, https://keras.io/api/mixed_precision/policy/
@@ -58,7 +57,6 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
     frozen = freeze(get_policy(policy))
     for each in policies_of(frozen):
         _check_dtypes(each)
-    require_available(frozen)
     return adapter.wrap(module, frozen, strict=strict)
 
 

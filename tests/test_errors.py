@@ -21,7 +21,6 @@ from tests.helpers import assert_trees_equal, dot_dtypes
 KEY = jax.random.key(0)
 X = jnp.linspace(-1, 1, 6).reshape(2, 3)
 INT8 = "int8_from_mixed_bfloat16"
-NOT_BUILT = ["gptq/4/128", "awq/4/128"]
 
 each_api = pytest.mark.parametrize("api", ["linen", "nnx"])
 
@@ -182,33 +181,11 @@ def test_refused_global_policies_leave_the_one_before():
 
 
 @each_api
-@pytest.mark.parametrize("mode", NOT_BUILT)
-def test_modes_that_are_not_built_are_named(api, mode):
-    model, policy = net(api), f"{mode}_from_mixed_bfloat16"
-    message = f"Quantization mode {mode!r} of policy {policy!r}{{}} is not available yet. .*'int8'"
-    with unchanged(model):
-        with pytest.raises(NotImplementedError, match=message.format("")):
-            mp.wrap(model, policy)
-        with pytest.raises(NotImplementedError, match=message.format(r" \(key 'head' of a map\)")):
-            mp.wrap(model, mp.DTypePolicyMap("float32", {"head": policy}))
-        with pytest.raises(NotImplementedError, match=message.format(r" \(the default of a map\)")):
-            mp.wrap(model, mp.DTypePolicyMap(policy, {"head": "float32"}))
-        with mp.dtype_policy_scope(policy):
-            with pytest.raises(NotImplementedError, match=message.format("")):
-                mp.wrap(model)
-
-
-def test_modes_that_are_not_built_are_all_tested():
-    assert sorted(NOT_BUILT) == sorted(mode.name for mode in mp.modes() if not mode.available)
-
-
-@each_api
 def test_a_refused_policy_leaves_the_one_before(api):
     model = mp.wrap(net(api), "mixed_bfloat16")
     keys = {"head": "float32", "tail": "float32"}
     for policy in (
         "float16x",
-        "awq/4/128_from_float32",
         jnp.int8,
         mp.DTypePolicyMap("int32", keys),
     ):

@@ -279,6 +279,12 @@ def test_einsum_is_differentiable_in_its_arrays():
         )
 
 
+def test_batch_axes():
+    assert mk.batch_axes("...k,kn->...n", 3, 2) == ((), ())
+    assert mk.batch_axes("bqhd,bkhd->bhqk", 4, 4) == ((0, 2), (0, 2))
+    assert mk.batch_axes("ebd,dek->ebk", 3, 3) == ((0,), (1,))
+
+
 def test_contracting_axes():
     assert mk.contracting_axes("...k,kn->...n", 3, 2) == ((2,), (0,))
     assert mk.contracting_axes("bqhd,bkhd->bhqk", 4, 4) == ((3,), (3,))

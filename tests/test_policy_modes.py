@@ -6,7 +6,6 @@ import pickle
 import pytest
 
 import mpjax as mp
-from mpjax._policy_map import freeze, require_available
 
 
 @pytest.mark.parametrize(
@@ -194,35 +193,3 @@ def test_float8_policies_take_float8_modes():
         mp.QuantizedFloat8DTypePolicy("int8", "float32")
     with pytest.raises(ValueError, match="Invalid quantization mode"):
         mp.QuantizedFloat8DTypePolicy("float7", "float32")
-
-
-# -- availability
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        "float32",
-        "int8_from_mixed_bfloat16",
-        mp.DTypePolicyMap("int8_from_float32", {"head": "float32"}),
-    ],
-    ids=str,
-)
-def test_available_modes_pass(policy):
-    policy = mp.get_policy(policy)
-    require_available(policy)
-    require_available(freeze(policy))
-
-
-def test_unavailable_modes_are_named():
-    unavailable = next(mode for mode in mp.modes() if not mode.available)
-    available = [mode.name for mode in mp.modes() if mode.available]
-    policy = mp.QuantizedDTypePolicy(unavailable.name, "float32")
-    message = rf"{unavailable.name!r} of policy {policy.name!r}{{}} is not available yet. .*int8"
-    assert "int8" in available
-    with pytest.raises(NotImplementedError, match=message.format("")):
-        require_available(policy)
-    with pytest.raises(NotImplementedError, match=message.format(r" \(the default of a map\)")):
-        require_available(mp.DTypePolicyMap(policy))
-    with pytest.raises(NotImplementedError, match=message.format(r" \(key 'head' of a map\)")):
-        require_available(freeze(mp.DTypePolicyMap("float32", {"head": policy})))

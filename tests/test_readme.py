@@ -50,13 +50,27 @@ def test_quantized_inference(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(block_after("Linen"), scope)
-    exec(block_with("return_report=True"), scope)
+    exec(block_with("small = mp.wrap(MLP(), policy)"), scope)
     assert [each.dtype for each in scope["report"].weights] == ["int4", "float8_e4m3fn"]
     assert capsys.readouterr().out == f"{scope['report']}\n"
     expected = scope["small"].apply(scope["quantized"], scope["x"])
     exec(block_with('mp.save("model'), scope)
     exec(block_with("mp.export("), scope)
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
+
+
+def test_calibration(capsys):
+    scope = {}
+    exec(block_after("Linen"), scope)
+    exec(block_with("calibration="), scope)
+    assert set(scope["static_variables"]) == {"params", "scaling"}
+    assert [each.rounding.method for each in scope["report"].weights] == ["gptq", "gptq"]
+    assert capsys.readouterr().out == f"{scope['report']}\n"
+    expected = scope["logits"].astype(jnp.float32)
+    for name in ("smooth", "static", "int4"):
+        model = scope["int8" if name == "smooth" else name]
+        y = model.apply(scope[name if name == "smooth" else f"{name}_variables"], scope["x"])
+        np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.15)
 
 
 def test_weights_from_disk(tmp_path, monkeypatch):

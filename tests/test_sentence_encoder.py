@@ -138,6 +138,21 @@ def test_the_bytes_of_the_weights_follow_from_the_shape(example, pretrained):
     assert kept.weight_bytes == int8.weight_bytes + 3 * tables - 4 * table_scales
 
 
+@pytest.mark.parametrize("name", ["SMOOTHQUANT", pytest.param("GPTQ", marks=pytest.mark.slow)])
+def test_a_calibrated_encoder_agrees_better_than_plain_rounding(example, pretrained, name):
+    models, data = example("sentence_encoder_models"), example("sentence_encoder_data")
+    texts, others = data.draw(64, 64, seed=0, part="asyncio")
+    (batch, *_) = data.batches(pretrained.tokenizer, texts, 32)
+    learned_from = data.batches(pretrained.tokenizer, others, 32)
+    policy, method = models.CALIBRATED[getattr(models, name)]
+    exact = models.flax_encoder(pretrained).encode(batch.tokens, batch.mask)
+    errors = []
+    for options in ({}, {"method": method, "calibration": learned_from}):
+        encoder = models.wrapped_encoder(pretrained, policy, models.TABLES, **options)
+        errors.append(np.sum((encoder.encode(batch.tokens, batch.mask) - exact) ** 2))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_onnx_runtime_computes_the_same(example, pretrained):
     pytest.importorskip("onnxruntime", reason="the peer is only in the `encoder` extra")
     models = example("sentence_encoder_models")
@@ -290,9 +305,10 @@ def test_agreement_of_known_vectors(example):
 
 def test_promises_are_judged_by_the_figures(example):
     report, models = example("sentence_encoder_report"), example("sentence_encoder_models")
-    names = (models.FLOAT32, *models.POLICIES)
+    names = (models.FLOAT32, *models.POLICIES, *models.CALIBRATED)
     rows = {name: report.Row(0.9999, 0.98, 29) for name in names}
-    rows[models.FLOAT32].weight_bytes, rows[models.INT4].weight_bytes = 100, 20
+    rows[models.FLOAT32].weight_bytes = 100
+    rows[models.INT4].weight_bytes = rows[models.GPTQ].weight_bytes = 20
     assert all(reached for _, reached in report.targets(rows, False))
     rows[models.W8A8].neighbors, rows[models.INT4].weight_bytes = 0.929, 21
     missed = [text for text, reached in report.targets(rows, False) if not reached]
@@ -309,7 +325,9 @@ def test_a_quick_run_prints_every_row(example, capsys, tmp_path):
     assert main(["--quick", "--no-onnx", "--rounds", "1", "--cache", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "2 draws of 12 sentences" in printed and not list(tmp_path.iterdir())
-    assert all(f"  {name} " in printed for name in (models.FLOAT32, *models.POLICIES))
+    assert all(
+        f"  {name} " in printed for name in (models.FLOAT32, *models.POLICIES, *models.CALIBRATED)
+    )
 
 
 def test_options_that_make_no_sense_are_refused(example, capsys, tmp_path):

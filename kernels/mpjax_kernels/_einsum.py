@@ -103,6 +103,23 @@ def contracting_axes(
     return lhs_axes, rhs_axes
 
 
+def batch_axes(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[tuple[int, ...], ...]:
+    """The axes of each operand that an einsum equation has in common with the other and keeps.
+
+    For `"bsd,bdk->bsk"` it is `((0,), (0,))`.
+
+    Raises:
+        ValueError: If the equation makes no sense for two operands of these ranks.
+    """
+    labels = parse(equation, [(1,) * lhs_ndim, (1,) * rhs_ndim])
+    left, right = labels.inputs
+    shared = [c for c in dict.fromkeys(left) if c in right and c in labels.output]
+    return tuple(
+        tuple(i for c in shared for i, label in enumerate(term) if label == c)
+        for term in (left, right)
+    )
+
+
 def _plain(
     equation: Equation,
     arrays: Sequence[Any],

@@ -35,7 +35,7 @@ from .._products import (
 from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._kv_cache import REMEDY, Decoding
 from ._layer import Layer, author_dtype, lent
-from ._states import LayerStates
+from ._states import LayerKernel, LayerStates
 
 Call = Callable[..., Any]
 Handler = Callable[[Layer, Call, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -85,7 +85,9 @@ register(nn.ConvLocal, nn.PReLU)(default)
 def product_fields(layer: Layer) -> dict[str, Any] | None:
     """The fields of the quantized product of a layer; None where it multiplies as it is."""
     recipe = recipe_of(layer.policy)
-    return None if recipe is None else _fields(layer, recipe) | {"path": layer.full_path}
+    if recipe is None:
+        return None
+    return _fields(layer, recipe) | {"path": layer.full_path, "kernel": LayerKernel(layer)}
 
 
 def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:

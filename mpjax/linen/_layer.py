@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-import mpjax_kernels as mk
-
 from .._adapters import floating_name
 from .._cast import cast_floating, in_dtypes_of
 from .._context import active
 from .._policy import DTypePolicy
+from .._prescaled import is_stored
 
 
 def author_dtype(module: nn.Module) -> str | None:
@@ -84,7 +83,7 @@ class Layer:
     def _ordered_as_stored(self, name: str, init_fn: Callable[..., Any]) -> Callable[..., Any]:
         """Flax compares the shape that `init_fn` gives with that of the stored values."""
         stored = meta.unbox(self.module.get_variable("params", name))
-        if not isinstance(stored, mk.QTensor) or stored.layout is None:
+        if not is_stored(stored) or stored.layout is None:
             return init_fn
         transpose = functools.partial(jnp.transpose, axes=stored.stored_axes)
         return lambda *args, **kwargs: jax.tree.map(transpose, init_fn(*args, **kwargs))
@@ -97,7 +96,7 @@ class Layer:
             frame.observation.ranks[path] = max(ranks, default=0)
 
     def _check_quantized(self, name: str, value: Any) -> None:
-        if isinstance(value, mk.QTensor) and self.policy.quantization_mode is None:
+        if is_stored(value) and self.policy.quantization_mode is None:
             raise TypeError(
                 f"parameter '{name}' of layer '{self.full_path}' is quantized ({value!r}), but the "
                 f"layer's policy is {self.policy!r}: apply quantized variables with the model that "

@@ -16,8 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mpjax_kernels as mk
 
+from .._prescaled import PreScaledWeight
 
-def boxed_like(box: Any, weight: mk.QTensor) -> Any:
+
+def boxed_like(box: Any, weight: mk.QTensor | PreScaledWeight) -> Any:
     """A stored weight in the box that its float weight was in; itself, if that was in none."""
     if not isinstance(box, meta.AxisMetadata):
         return weight
@@ -34,25 +36,33 @@ class _PerArray:
 
     _box: Any
 
-    def _arrays(self, change: Any) -> mk.QTensor:
+    def _arrays(self, change: Any) -> Any:
         """The weight with `change(box)` in place of each array, given in a box of its own names."""
         this: Any = self
         fields = {field.name: getattr(this, field.name) for field in dataclasses.fields(this)}
         q, names = this.value, tuple(this.names)
         names += (None,) * (q.ndim - len(names))
-        of_scale = tuple(
-            name if n == m else None
-            for name, n, m in zip(names, q.scale.shape, q.shape, strict=True)
-        )
+
+        def of(shape: tuple[int, ...]) -> tuple[Any, ...]:
+            pairs = zip(names, shape, q.shape, strict=True)
+            return tuple(name if n == m else None for name, n, m in pairs)
+
+        of_scale = of(q.scale.shape)
         lead = q.ndim - len(q.layout or ())
         stored = (*names[:lead], *(names[axis] for axis in q.layout or ()))
         arrays = {"values": stored, "scale": of_scale, "zero_point": of_scale}
+        is_prescaled = isinstance(q, PreScaledWeight)
+        if is_prescaled:
+            arrays["pre_quant_scale"] = of(q.pre_quant_scale.shape)
         changed = {
             part: change(self._box(**fields | {"value": getattr(q, part), "names": own}))
             for part, own in arrays.items()
             if getattr(q, part) is not None
         }
-        return dataclasses.replace(q, **changed)
+        if not is_prescaled:
+            return dataclasses.replace(q, **changed)
+        factor = changed.pop("pre_quant_scale")
+        return PreScaledWeight(dataclasses.replace(q.quantized, **changed), factor)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         """The weight, each array constrained by its own names where a mesh is in force."""

@@ -1,5 +1,6 @@
 """`quantize` and `layer_policies` for Linen: trace one call, and see which layers it meets."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
-import mpjax_kernels as mk
-
+from .._calibrated import Calibrated, round_weight
+from .._calibration import Calibration
+from .._calibration_batches import first_and_all
 from .._context import Observation, Product, observe
 from .._lazy_array import abstract, is_lazy, on_device
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
+from .._prescaled import is_stored
 from .._quantization_report import (
     QuantizationReport,
     QuantizedWeight,
@@ -25,6 +28,7 @@ from .._quantization_report import (
 )
 from .._quantize import check_donated, check_finite, quantize_weight, release
 from .._stored import CannotStoreError, stored_of
+from ._calibrate import calibrate, refuse_mutable, with_scales
 from ._partitioned import boxed_like
 from ._reached import check_reached
 from ._states import COLLECTION
@@ -32,41 +36,66 @@ from ._wrap import policy_of
 
 
 def quantize(
-    model: nn.Module, variables: Any, *args: Any, donate: bool = False, **kwargs: Any
+    calibration: Calibration | None,
+    model: nn.Module,
+    variables: Any,
+    *args: Any,
+    donate: bool = False,
+    **kwargs: Any,
 ) -> tuple[Any, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
     variables = _check_variables(variables, "mp.quantize(model, variables, x)")
+    calibrated, batches, is_frozen = None, iter(()), isinstance(variables, FrozenDict)
+    if calibration is not None:
+        refuse_mutable(kwargs)
+        variables = {name: jax.tree.map(on_device, tree) for name, tree in variables.items()}
+        first, batches = first_and_all(calibration.batches, kwargs)
+        if COLLECTION not in variables:
+            variables = init_scaling(model, variables, *first.args, **first.kwargs)
+        if args:
+            trace(model, variables, *first.args, **first.kwargs)  # before it is run
+        else:
+            args, kwargs = first
     shapes = abstract(variables)
     observation = trace(model, shapes, *args, **kwargs)
     check_reached(model, variables["params"], observation)
     if observation.products:  # all that shapes can tell, before any work
-        stored = jax.eval_shape(lambda shapes: _store(model, shapes, observation)[0], shapes)
+        stored = jax.eval_shape(lambda shapes: _store(None, model, shapes, observation)[0], shapes)
         _check_applies(model, stored, *args, **kwargs)
     if donate:
         _check_before_donation(variables, observation)
-    return _store(model, variables, observation, donate)
+    if calibration is not None and observation.products:
+        calibrated = calibrate(calibration, batches, model, variables, observation)
+    quantized, report = _store(calibrated, model, variables, observation, donate)
+    return freeze(quantized) if is_frozen else quantized, report
 
 
 def _store(
-    model: nn.Module, variables: Any, observation: Observation, donate: bool = False
+    calibrated: Calibrated | None,
+    model: nn.Module,
+    variables: Any,
+    observation: Observation,
+    donate: bool = False,
 ) -> tuple[Any, QuantizationReport]:
     """The variables with stored weights, one made after the other, and the report."""
     params, rows = unfreeze(variables["params"]), {}
     for path, product in observation.products.items():
         name = _name(path, product)
-        rows[name] = _replace(params, path, product, observation.policies[path], name, donate)
-    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_stored):
+        policy = observation.policies[path]
+        rows[name] = _replace(calibrated, params, path, product, policy, name, donate)
+    for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored):
         name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
         rank = observation.ranks.get(name.removeprefix("params/"), len(np.shape(leaf)))
         is_weight = rank > 1 and not name.endswith("/bias")
-        if is_weight and name not in rows and not _is_stored(leaf):
+        if is_weight and name not in rows and not is_stored(leaf):
             rows[name] = _left(model, observation, name, leaf)
     quantized = {
         name: jax.tree.map(on_device, tree) if is_lazy(tree) else tree
         for name, tree in {**variables, "params": params}.items()
     }
-    report = QuantizationReport(tuple(rows.values()))
-    return freeze(quantized) if isinstance(variables, FrozenDict) else quantized, report
+    if calibrated is not None and COLLECTION in variables:
+        quantized[COLLECTION] = with_scales(calibrated, quantized)
+    return quantized, QuantizationReport(tuple(rows.values()))
 
 
 def _check_before_donation(variables: Any, observation: Observation) -> None:
@@ -162,6 +191,7 @@ def _trace(run: Callable[[], Any], model: nn.Module) -> None:
 
 
 def _replace(
+    calibrated: Calibrated | None,
     params: dict[str, Any],
     path: str,
     product: Product,
@@ -181,19 +211,16 @@ def _replace(
         )
     stored = stored_of(policy)
     assert stored is not None, f"{name} is multiplied as quantized under {policy!r}"
+    plain = functools.partial(quantize_weight, stored=stored, product=product, path=name)
     try:
-        quantized = quantize_weight(weight, stored, product, name)
+        quantized, rounding = round_weight(calibrated, name, weight, plain)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
     owner[product.name] = boxed_like(boxed, quantized)
-    row = quantized_weight(name, weight, quantized)
+    row = quantized_weight(name, weight, quantized, rounding)
     if donate:
         release(weight)
     return row
-
-
-def _is_stored(x: Any) -> bool:
-    return isinstance(x, mk.QTensor)
 
 
 def layer_policies(

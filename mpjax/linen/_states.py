@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from .._observed import ObservedScaling, ObservedWeight
 from .._recipes import Recipe
 from .._scaling import ScalingState, init_state, observe
 from ._layer import Layer
@@ -27,10 +28,11 @@ class LayerStates:
 
     def read(self) -> Mapping[str, ScalingState]:
         """The states; declares them where the collection may change."""
-        self._variables = {
-            name: self._declare(name, recipe, format)
-            for name, recipe, format in self._recipe.states
-        }
+        if not self._variables:
+            self._variables = {
+                name: self._declare(name, recipe, format)
+                for name, recipe, format in self._recipe.states
+            }
         return {name: variable.value for name, variable in self._variables.items()}
 
     def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
@@ -41,6 +43,11 @@ class LayerStates:
         for name, amax in amaxes.items():
             variable = self._variables[name]
             variable.value = observe(variable.value, jax.lax.stop_gradient(amax))
+
+    def write(self, states: Mapping[str, ObservedScaling]) -> None:
+        """Replaces states, while batches run for calibration."""
+        for name, state in states.items():
+            self._variables[name].value = state
 
     def _declare(self, name: str, recipe: Any, format: str) -> Any:
         module, full_name = self._layer.module, self._prefix + name
@@ -76,10 +83,22 @@ class LayerStates:
         )
 
     def _check(self, name: str, state: Any, recipe: Any, format: str) -> None:
-        known = (state.recipe, state.format) if isinstance(state, ScalingState) else None
+        is_state = isinstance(state, ScalingState | ObservedScaling)
+        known = (state.recipe, state.format) if is_state else None
         if known != (recipe, format):
             raise ValueError(
                 f"the scaling state of '{self._layer.full_path}/{name}' was made for {known}, but "
                 f"the policy of the layer asks for {(recipe, format)}: make a new one with "
                 "mp.init_scaling(model, {'params': ...}, x)"
             )
+
+
+class LayerKernel:
+    """`mpjax._products.Kernel` of a bound layer."""
+
+    def __init__(self, layer: Layer):
+        self._module = layer.module
+
+    def write(self, weight: ObservedWeight) -> None:
+        """Replaces the parameter; `params` is mutable while batches run for calibration."""
+        self._module.put_variable("params", "kernel", weight)

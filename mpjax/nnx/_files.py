@@ -6,12 +6,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-import mpjax_kernels as mk
-
 from .._adapters import POLICY
 from .._checkpoint_leaves import committed
 from .._file_header import LeafRecord
 from .._paths import join
+from .._prescaled import is_stored
 from .._scaling import ScalingState
 from .._stored import stored_of
 from .._wrap import wrapped_adapter_of
@@ -51,7 +50,7 @@ def differences(model: nnx.Module, leaves: Sequence[LeafRecord]) -> Iterator[str
         theirs = saved[path].abstract
         if _form(theirs) != _form(ours):
             yield f"{name}: {_text(theirs)} in the file, {_text(ours)} in the model"
-        elif isinstance(theirs, mk.QTensor):
+        elif is_stored(theirs):
             policy = modules[max((p for p in modules if path[: len(p)] == p), key=len)]
             stored = stored_of(policy)
             if stored is None or stored.format != theirs.format.name:
@@ -66,7 +65,7 @@ def shardings_of(model: nnx.Module, leaves: Sequence[LeafRecord]) -> dict[Path, 
     variables, shardings = variables_of(model), {}
     for leaf in leaves:
         value = variables[leaf.path].get_raw_value()
-        if isinstance(value, mk.QTensor | ScalingState):
+        if is_stored(value) or isinstance(value, ScalingState):
             same = jax.tree.structure(value) == jax.tree.structure(leaf.abstract)
             shardings[leaf.path] = jax.tree.map(committed, value) if same else None
         else:
@@ -103,6 +102,6 @@ def _text(value: Any) -> str:
     if isinstance(value, ScalingState):
         history = list(value.amax_history.shape)
         return f"{type(value.recipe).__name__} of {value.format} with history {history}"
-    if isinstance(value, mk.QTensor):
+    if is_stored(value):
         return repr(value)
     return f"{value.dtype}[{', '.join(map(str, value.shape))}]"

@@ -9,6 +9,9 @@ from flax import nnx
 import mpjax_kernels as mk
 
 from .._adapters import POLICY
+from .._calibrated import Calibrated, round_weight
+from .._calibration import Calibration, plan_of
+from .._calibration_batches import first_and_all
 from .._context import Product
 from .._conv_transpose import QuantizedConvTranspose
 from .._lazy_array import on_device
@@ -23,19 +26,34 @@ from .._quantization_report import (
 )
 from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
 from .._stored import CannotStoreError, Stored, stored_of
+from ._calibrate import calibrate, check_runs, scales_of, scaling_of
 from ._given import given_values, put_values
 from ._rules import NORMS
 from ._wrap import author_dtype
 
 
 def quantize(
-    model: nnx.Module, weights: Any = None, *args: Any, donate: bool = False, **kwargs: Any
+    calibration: Calibration | None,
+    model: nnx.Module,
+    weights: Any = None,
+    *args: Any,
+    donate: bool = False,
+    **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if args or kwargs or not (weights is None or isinstance(weights, Mapping)):
+    if (
+        args
+        or (kwargs and calibration is None)
+        or not (weights is None or isinstance(weights, Mapping))
+    ):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
             "nothing else, or with nested dicts of the weights to give it"
+        )
+    if calibration is not None and weights is not None:
+        raise ValueError(
+            "`calibration` runs the model, which has no weights yet: give them to it first, or "
+            "leave one of `calibration` and the weights out"
         )
     given = {} if weights is None else given_values(model, weights)
     rows: list[QuantizedWeight] = []
@@ -44,26 +62,53 @@ def quantize(
         value = given.get(path, weight.get_raw_value())
         product, stored, reason = _product_of(layer, weight, path)
         if product is not None and stored is not None:
-            plan = _Plan(path, weight, product, stored, len(rows))
+            plan = _Plan(path, weight, layer, product, stored, len(rows))
             reason = plan.refusal(value)
             plans += [plan] if reason is None else []
         rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
     if not plans:
         return model, QuantizationReport(tuple(rows))
     _check_before_work(plans, given, nnx.as_pure(nnx.state(model)) if donate else None)
-    made: dict[str, mk.QTensor] = {}
+    calibrated = None if calibration is None else _calibrated(calibration, model, plans, kwargs)
+    made: dict[str, Any] = {}
     for plan in plans:
         value = given.pop(plan.path, plan.weight.get_raw_value())
-        quantized = quantize_weight(value, plan.stored, plan.product, plan.path)
-        rows[plan.row] = quantized_weight(plan.path, value, quantized)
+        quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
+        rows[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
         if donate:
             release(value)
         if weights is None:
             plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
         else:
             made[plan.path] = quantized  # a file that turns out damaged leaves it too
+    if calibrated is not None:
+        stored_as = {plan.path: plan.weight.get_raw_value() for plan in plans}
+        scales = scales_of(calibrated, stored_as)
+        for path, variable in scaling_of(model).items():
+            variable.set_raw_value(scales[path])
     put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
     return model, QuantizationReport(tuple(rows))
+
+
+def _calibrated(
+    calibration: Calibration,
+    model: nnx.Module,
+    plans: Sequence["_Plan"],
+    kwargs: Mapping[str, Any],
+) -> Calibrated:
+    """What the batches tell."""
+    first, batches = first_and_all(calibration.batches, kwargs)
+    check_runs(model, first)
+    watched = {
+        plan.path: plan_of(
+            calibration,
+            getattr(type(plan.layer), POLICY),
+            plan.product,
+            tuple(plan.weight.get_raw_value().shape),
+        )
+        for plan in plans
+    }
+    return calibrate(calibration, batches, model, watched)
 
 
 def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donated: Any) -> None:
@@ -77,13 +122,18 @@ def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donat
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A weight that is to be stored: its path, its variable, how, and its row in the report."""
+    """A weight to store: its path, its variable and layer, how, and its row in the report."""
 
     path: str
     weight: Any
+    layer: Any
     product: Product
     stored: Stored
     row: int
+
+    def rounded(self, value: Any) -> mk.QTensor:
+        """A value, rounded to nearest."""
+        return quantize_weight(value, self.stored, self.product, self.path)
 
     def refusal(self, value: Any) -> str | None:
         """Why it cannot be stored so, by its shape; None if it can."""
@@ -127,26 +177,30 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
     axes = _contracting(layer)
     if isinstance(axes, str):
         return None, stored, axes
-    ndim, contracting = axes
+    ndim, contracting, batch = axes
     shape = weight.get_raw_value().shape
     is_conv = kind.startswith("conv")
-    return Product(name, shape[len(shape) - ndim :], contracting, is_conv), stored, ""
+    return Product(name, shape[len(shape) - ndim :], contracting, is_conv, batch), stored, ""
 
 
-def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
-    """The rank of a layer's kernel and the axes that its product sums over, or why not."""
+def _contracting(layer: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]] | str:
+    """The rank of a layer's kernel, the axes that its product sums over and those that it shares.
+
+    Or why there are none.
+    """
     if isinstance(layer, nnx.Linear):
-        return 2, (0,)
+        return 2, (0,), ()
     if isinstance(layer, nnx.LinearGeneral):
         batch, inputs = len(layer.batch_axis), len(layer.in_features)
-        return batch + inputs + len(layer.out_features), tuple(range(batch, batch + inputs))
+        summed = tuple(range(batch, batch + inputs))
+        return batch + inputs + len(layer.out_features), summed, tuple(range(batch))
     if isinstance(layer, nnx.Conv):
         ndim = len(layer.kernel_size) + 2
-        return ndim, tuple(range(ndim - 1))
+        return ndim, tuple(range(ndim - 1)), ()
     if isinstance(layer, nnx.ConvTranspose):
         ndim = len(layer.kernel_size) + 2
         output = ndim - 2 if layer.transpose_kernel else ndim - 1
-        return ndim, tuple(axis for axis in range(ndim) if axis != output)
+        return ndim, tuple(axis for axis in range(ndim) if axis != output), ()
     if layer.einsum_str is None:
         return "its equation is given at each call: build the layer with einsum_str="
     operand, _, output = layer.einsum_str.replace(" ", "").partition("->")
@@ -154,4 +208,4 @@ def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
     if "." in rhs:
         return f"its own term of {layer.einsum_str!r} has an ellipsis: spell its axes out"
     summed = tuple(i for i, c in enumerate(rhs) if c in lhs and c not in output)
-    return len(rhs), summed
+    return len(rhs), summed, tuple(i for i, c in enumerate(rhs) if c in lhs and c in output)

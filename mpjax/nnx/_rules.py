@@ -33,7 +33,7 @@ from .._products import (
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._kv_cache import Call, InitCache
-from ._states import OfLayer
+from ._states import KernelOfLayer, OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
 
@@ -126,12 +126,14 @@ def product_of(kind: Any, policy: DTypePolicy) -> Any:
     recipe = recipe_of(policy)
     if recipe is None:
         return None
-    return _product(kind, policy, recipe)
+    return _product(kind, policy, recipe, kernel=KernelOfLayer())
 
 
-def _product(kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "") -> Any:
+def _product(
+    kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "", kernel: Any = None
+) -> Any:
     states = OfLayer(prefix) if recipe.states else Stateless()
-    return kind(policy.compute_dtype, recipe.formats, recipe.stored, states)
+    return kind(policy.compute_dtype, recipe.formats, recipe.stored, states, kernel=kernel)
 
 
 def _with_product(attribute: str, product: Any, policy: DTypePolicy) -> dict[str, Any]:

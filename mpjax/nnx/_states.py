@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 
 from .._attention import QuantizedAttention
+from .._observed import ObservedScaling, ObservedWeight
 from .._recipes import OPERANDS, Recipe
 from .._scaling import ScalingState, init_state
 
@@ -46,6 +47,30 @@ class OfLayer:
         """Never called, as `read`."""
         raise TypeError("a product that keeps states was called without its layer")
 
+    def write(self, states: Mapping[str, ObservedScaling]) -> None:
+        """Never called, as `read`."""
+        raise TypeError("a product that keeps states was called without its layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOfLayer:
+    """Stands for the kernel of whichever layer the product is lent to."""
+
+    def write(self, weight: ObservedWeight) -> None:
+        """Never called: the layer binds the product to its own kernel first."""
+        raise TypeError("a product was called without its layer")
+
+
+class LayerKernel:
+    """`mpjax._products.Kernel` of one layer."""
+
+    def __init__(self, layer: Any):
+        self._layer = layer
+
+    def write(self, weight: ObservedWeight) -> None:
+        """Replaces the value of the parameter, of a copy of the model that batches run through."""
+        vars(self._layer)["kernel"].set_value(weight)
+
 
 class LayerStates:
     """`mpjax._products.States` of one layer, which a call never changes."""
@@ -62,15 +87,22 @@ class LayerStates:
     def observe(self, amaxes: Mapping[str, jax.Array]) -> None:
         """Amaxes leave by `mpjax.nnx.value_and_grad` only."""
 
+    def write(self, states: Mapping[str, ObservedScaling]) -> None:
+        """Replaces states, of a copy of the model that batches run through."""
+        for name, state in states.items():
+            vars(self._layer)[ATTRIBUTE][self._prefix + name].set_value(state)
+
 
 def bound(product: Any, layer: Any) -> Any:
-    """A product that keeps states, or attention with such, with those of the layer."""
+    """A product, or attention with such, with the states and the kernel of the layer."""
     if isinstance(product, QuantizedAttention):
         scores, output = bound(product.scores_einsum, layer), bound(product.output_einsum, layer)
         return QuantizedAttention(product.attention, scores, output)
-    states = getattr(product, "states", None)
+    states, kernel = getattr(product, "states", None), getattr(product, "kernel", None)
     if isinstance(states, OfLayer):
-        return dataclasses.replace(product, states=LayerStates(layer, states.prefix))
+        product = dataclasses.replace(product, states=LayerStates(layer, states.prefix))
+    if isinstance(kernel, KernelOfLayer):
+        product = dataclasses.replace(product, kernel=LayerKernel(layer))
     return product
 
 

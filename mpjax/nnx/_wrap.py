@@ -6,12 +6,11 @@ from typing import Any
 
 from flax import nnx
 
-import mpjax_kernels as mk
-
 from .._adapters import POLICY, ROOT, floating_name, no_effect_message, output_dtype_at
 from .._paths import check_keys, join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
+from .._prescaled import is_stored
 from .._recipes import recipe_of
 from ._classes import base_class, container_class, lent_to, module_class, set_class
 from ._graph import own_containers, own_variables
@@ -126,7 +125,7 @@ def _own_modules(module: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
 def _check_quantized(module: nnx.Module, policy: DTypePolicy, path: str) -> None:
     for variable in _parameters(module):
         value = variable.get_raw_value()
-        if isinstance(value, mk.QTensor) and policy.quantization_mode is None:
+        if is_stored(value) and policy.quantization_mode is None:
             raise ValueError(
                 f"layer '{path}' is quantized ({value!r}), which {policy!r} cannot undo: keep a "
                 "quantized policy, or load the float weights first"
