@@ -52,6 +52,10 @@ def quantize_operand(
         known, format = known_scale(scale, x.shape), get_format(how.format)
         q, amax = quantize_by(x, format, known, key, over=over_shared)
         return q, amax.reshape(jnp.shape(scale))
+    if how.granularity == "tensor":
+        unknown = jnp.zeros((1,) * x.ndim, jnp.float32)
+        q, amax = quantize_by(x, get_format(how.format), unknown, key)
+        return q, amax
     q = _quantize_current(x, how, axes, key)
     q = replace(q, scale=once(q.scale))
     return q, _amax(x, q.scale.shape)
@@ -60,8 +64,6 @@ def quantize_operand(
 def _quantize_current(
     x: Float[Array, "*shape"], how: OperandFormat, axes: Axes, key: Array | None
 ) -> QTensor:
-    if how.granularity == "tensor":
-        return quantize(x, how.format, key=key)
     if how.granularity == "channel":
         return quantize(x, how.format, axis=axes.contract, key=key)
     sizes = zip((axes.free[-1:], axes.contract[-1:]), how.granularity, strict=True)
