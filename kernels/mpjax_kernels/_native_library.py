@@ -7,6 +7,7 @@ uses plain C++ on every CPU, to test that.
 
 import ctypes
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def native_refusal() -> str | None:
         library = ctypes.CDLL(str(_PATH))
     except OSError as error:
         return f"{_PATH.name} cannot be loaded: {error}"
+    built = library.mpjax_native_ffi_major(), library.mpjax_native_ffi_minor()
+    here = _ffi_version()
+    if built[0] != here[0] or built[1] > here[1]:
+        return (
+            f"{_PATH.name} was built against version {built} of XLA's FFI, newer than {here}, that "
+            "of this jaxlib: install mpjax again from source"
+        )
     library.mpjax_native_isa.restype = ctypes.c_char_p
     isa = library.mpjax_native_isa().decode()
     if isa == "portable" and os.environ.get("MPJAX_NATIVE_ISA") != "portable":
@@ -38,3 +46,16 @@ def native_refusal() -> str | None:
         function = jax.ffi.pycapsule(getattr(library, target))
         jax.ffi.register_ffi_target(target, function, platform="cpu")
     return None
+
+
+def _ffi_version() -> tuple[int, int]:
+    """The version of the FFI of this jaxlib, which only its headers tell.
+
+    A library that is too new must not be registered: the CPU backend would not start.
+    """
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    major, minor = (
+        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])
+        for part in ("MAJOR", "MINOR")
+    )
+    return major, minor

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "xla/ffi/api/c_api.h"
+
 namespace mpjax {
 namespace {
 
@@ -37,4 +39,13 @@ Isa CurrentIsa() {
 // The name of the instruction set, for Python.
 extern "C" __attribute__((visibility("default"))) const char* mpjax_native_isa() {
   return mpjax::CurrentIsa() == mpjax::Isa::kAvx512Bf16 ? "avx512_bf16" : "portable";
+}
+
+// The version of XLA's FFI that the library was built against: an older runtime refuses it.
+extern "C" __attribute__((visibility("default"))) int mpjax_native_ffi_major() {
+  return XLA_FFI_API_MAJOR;
+}
+
+extern "C" __attribute__((visibility("default"))) int mpjax_native_ffi_minor() {
+  return XLA_FFI_API_MINOR;
 }
