@@ -1,7 +1,8 @@
 """Compiles the native CPU kernels into the wheel, where there is a C++17 compiler.
 
-Without one, or with `MPJAX_NATIVE=0` in the environment, the package is pure Python and XLA computes
-everything. An error of the compiler is a warning, unless `MPJAX_NATIVE=1` asks for the kernels.
+Without one, or with `MPJAX_NATIVE=0` in the environment, the package is pure Python, and XLA
+computes everything. An error of the compiler is a warning, unless `MPJAX_NATIVE=1` asks for the
+kernels.
 `CXX` names another compiler than the first of c++, g++ and clang++.
 """
 
@@ -25,8 +26,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inli
 # Float arithmetic as it is written, so that every machine and every loop rounds alike.
 FLAGS += ("-ffp-contract=off", "-fno-math-errno")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512bf16")
-# A library that was built against an older version of XLA's FFI is loaded by newer ones, and not the
-# other way round.
+# A library that was built against an older version of XLA's FFI is loaded by newer ones, and not
+# the other way round.
 HEADERS = ("jaxlib>=0.10,<0.11; python_version < '3.15'", "jaxlib>=0.10")
 
 

@@ -113,9 +113,7 @@ class _Rest:
 
     def __call__(self, *operands: Operand) -> Array:
         if not self.table:
-            raise NotImplementedError(
-                _no_implementation(describe_all(operands), [_NOT_NATIVE])
-            )
+            raise NotImplementedError(_no_implementation(describe_all(operands), [_NOT_NATIVE]))
         return choose(dict(self.table), None, operands, *self.static)
 
 

@@ -78,7 +78,7 @@ def _shapes(*_: Any, results: tuple, **__: Any):
 
 
 def _batch(operands, axes, *, native, otherwise, results, all_mapped):
-    axes = tuple(None if a is batching.not_mapped else a for a in axes)
+    axes = tuple(a if isinstance(a, int) else None for a in axes)
     if all_mapped and None in axes:
         return jax.vmap(otherwise, axes)(*operands), (0,) * len(results)
     size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
@@ -99,7 +99,10 @@ def _lower(ctx: Any, *operands: Any, native: Any, otherwise: Any, **_: Any):
 def _runs_here(ctx: Any) -> bool:
     """Whether what is lowered is for one CPU, or for one at a time, of this process."""
     module = ctx.module_context
-    if tuple(ctx.platforms or module.platforms) != ("cpu",) or module.lowering_parameters.for_export:
+    if (
+        tuple(ctx.platforms or module.platforms) != ("cpu",)
+        or module.lowering_parameters.for_export
+    ):
         return False
     mesh = getattr(module.axis_context, "mesh", None)
     if mesh is None:  # a program under `jax.jit`, outside of `jax.shard_map`
