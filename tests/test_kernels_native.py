@@ -166,7 +166,7 @@ def test_quantizing_gives_the_bits_of_xla(scale, format, dtype, bad):
     operands = jnp.asarray(x, dtype), known
     by = jax.jit(partial(_quantize_by_both, format=mk.get_format(format)))
     (values, found, amax), (other_values, other_found, other_amax) = by(*operands)
-    # XLA may multiply by the inverse of a constant, or divide a product, where a scale is not known.
+    # XLA may multiply by the inverse of a constant, or divide a product, for an unknown scale.
     rounding = 2**-23 if scale == 0 else 0
     np.testing.assert_allclose(found, other_found, rtol=2 * rounding)
     np.testing.assert_array_equal(amax, other_amax)
@@ -248,7 +248,7 @@ TRAINED = normal(64, 128), normal(128, 96), normal(64, 96)
 
 def test_a_product_and_its_derivative_are_calls_and_nothing_else():
     """No loop casts, decodes or transposes: whatever has 8 bits comes from a call."""
-    text = jax.jit(trained).lower(*TRAINED).compile().as_text()
+    text = str(jax.jit(trained).lower(*TRAINED).compile().as_text())
     assert text.count(QUANTIZE) == 3  # the gradient is cast twice alike, which XLA does once
     assert text.count(DOT) == 2  # the value of the loss is not asked for
     assert "f8e4m3fn[64,128]{1,0}, f32[]" in text

@@ -10,7 +10,6 @@ import numpy as np
 from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.tree_util import PyTreeDef
 from jaxtyping import Array
 
 from ._native_or import native_or
@@ -122,7 +121,7 @@ class _OfLeaves:
     """A function of operands as one of their leaves, with a tuple for its result."""
 
     function: _Run | _Rest
-    tree: PyTreeDef
+    tree: Any
 
     def __call__(self, *leaves: Array) -> tuple[Array]:
         return (self.function(*jax.tree.unflatten(self.tree, leaves)),)

@@ -54,8 +54,5 @@ def _ffi_version() -> tuple[int, int]:
     A library that is too new must not be registered: the CPU backend would not start.
     """
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    major, minor = (
-        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])
-        for part in ("MAJOR", "MINOR")
-    )
-    return major, minor
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(found["MAJOR"]), int(found["MINOR"])
