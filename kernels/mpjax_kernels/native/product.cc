@@ -9,7 +9,9 @@
 #include "product.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "scratch.h"
 
@@ -17,10 +19,12 @@ namespace mpjax {
 namespace {
 
 constexpr int64_t kTileRows = 64, kTileColumns = kColumnPanels * kColumns;
-constexpr int64_t kPairs = 256;                      // pairs of terms that are multiplied at a time
+constexpr int64_t kPairs = 256;  // pairs of terms that are multiplied at a time
 constexpr int64_t kBlockNumbers = int64_t{1} << 20;  // of packed numbers of an operand: 2 MiB
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 constexpr int64_t kFewRows = 32;  // with fewer, a panel is multiplied as soon as it is packed
+
+constexpr int kSpins = 4000;
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,18 +46,18 @@ class Blocks {
     Scratch right(static_cast<size_t>(at_once ? columns * 2 * pairs_ : 1));
     if (left.data() == nullptr || right.data() == nullptr) return false;
     left_ = left.data();
+    right_ = right.data();
     for (int64_t row = 0; row < p_.left.lanes; row += rows) {
       first_row_ = row;
       rows_ = std::min(rows, p_.left.lanes - row);
-      if (!at_once) Pack(loop, 0, 0, nullptr);
       for (int64_t column = 0; column < p_.right.lanes; column += columns) {
-        const int64_t here = std::min(columns, p_.right.lanes - column);
-        if (at_once) {
-          Pack(loop, column, here, right.data());
-          MultiplyPacked(loop, column, here, right.data());
-        } else {
-          PackAndMultiply(loop, column, here);
-        }
+        first_column_ = column;
+        columns_ = std::min(columns, p_.right.lanes - column);
+        // What is packed already stays: the rows, and columns that are one block.
+        const int64_t row_panels = column == 0 ? DivideUp(rows_, 2 * kRows) : 0;
+        const bool packed = row > 0 && columns_ == p_.right.lanes;
+        const int64_t column_panels = at_once && !packed ? DivideUp(columns_, kColumns) : 0;
+        PackAndMultiply(loop, row_panels, column_panels, at_once);
       }
     }
     return true;
@@ -64,22 +68,38 @@ class Blocks {
     return std::min(std::max<int64_t>(1, most / tile), DivideUp(lanes, tile)) * tile;
   }
 
-  // The rows at hand, and columns if there is a place for them.
-  void Pack(Loop& loop, int64_t column, int64_t columns, uint16_t* right) {
-    const int64_t row_panels = DivideUp(rows_, 2 * kRows);
-    const int64_t column_panels = right == nullptr ? 0 : DivideUp(columns, kColumns);
+  // One loop over panels to pack and tiles to multiply. Chunks are claimed in their order, so who has
+  // a tile waits for panels that others are packing, never for one that nobody has begun.
+  void PackAndMultiply(Loop& loop, int64_t row_panels, int64_t column_panels, bool at_once) {
+    const int64_t panels = row_panels + column_panels;
+    const int64_t row_tiles = at_once ? DivideUp(rows_, kTileRows) : 1;
+    std::atomic<int64_t> packed{0};
     auto body = [&](int64_t i) {
-      if (i < row_panels) {
-        uint16_t* panels = left_ + i * 2 * kRows * 2 * pairs_;
-        PackLanes(p_.left, first_row_ + i * 2 * kRows, 2 * kRows, p_.terms, 0, panels,
-                  panels + kRows * 2 * pairs_);
-      } else {
-        i -= row_panels;
-        PackLanes(p_.right, column + i * kColumns, kColumns, p_.terms, 0,
-                  right + i * kColumns * 2 * pairs_, nullptr);
+      if (i < panels) {
+        i < row_panels ? PackRows(i) : PackColumns(i - row_panels);
+        packed.fetch_add(1, std::memory_order_release);
+        return;
       }
+      for (int spins = 0; packed.load(std::memory_order_acquire) < panels; ++spins) {
+        if (spins > kSpins) std::this_thread::yield();
+      }
+      const int64_t row = (i - panels) % row_tiles * kTileRows;
+      const int64_t column = (i - panels) / row_tiles * kTileColumns;
+      at_once ? MultiplyPacked(row, column) : PackAndMultiplyColumns(column);
     };
-    loop(row_panels + column_panels, body);
+    loop(panels + row_tiles * DivideUp(columns_, kTileColumns), body);
+  }
+
+  void PackRows(int64_t panel) {
+    const int64_t row = panel * 2 * kRows;
+    uint16_t* to = left_ + row * 2 * pairs_;
+    PackLanes(p_.left, first_row_ + row, 2 * kRows, p_.terms, 0, to, to + kRows * 2 * pairs_);
+  }
+
+  void PackColumns(int64_t panel) {
+    const int64_t column = panel * kColumns;
+    uint16_t* to = right_ + column * 2 * pairs_;
+    PackLanes(p_.right, first_column_ + column, kColumns, p_.terms, 0, to, nullptr);
   }
 
   // `width` lanes from `lane` on, of which some may not exist, and terms from `term` on.
@@ -91,44 +111,36 @@ class Blocks {
     kernels_.pack(*matrix.table, source, static_cast<int>(lanes), terms, first, second);
   }
 
-  // Tiles of the rows at hand and of packed columns; neighbouring ones share their columns.
-  void MultiplyPacked(Loop& loop, int64_t column, int64_t columns, const uint16_t* right) {
-    const int64_t row_tiles = DivideUp(rows_, kTileRows);
-    auto body = [&](int64_t i) {
-      const int64_t row = i % row_tiles * kTileRows, offset = i / row_tiles * kTileColumns;
-      alignas(64) float sums[kTileRows * kTileColumns];
-      const uint16_t* panels = right + offset * 2 * pairs_;
-      const int64_t rows = std::min(kTileRows, rows_ - row);
-      const int64_t width = std::min(kTileColumns, columns - offset);
-      for (int64_t pair = 0; pair == 0 || pair < pairs_; pair += kPairs) {
-        const int64_t here = std::min(kPairs, pairs_ - pair);
-        MultiplyTile(row, rows, width, pair, here, panels + pair * 2 * kColumns,
-                     kColumns * 2 * pairs_, sums);
-      }
-      Write(sums, row, rows, column + offset, width);
-    };
-    loop(row_tiles * DivideUp(columns, kTileColumns), body);
+  // A tile of packed rows and columns; neighbouring ones share their columns.
+  void MultiplyPacked(int64_t row, int64_t column) {
+    alignas(64) float sums[kTileRows * kTileColumns];
+    const uint16_t* panels = right_ + column * 2 * pairs_;
+    const int64_t rows = std::min(kTileRows, rows_ - row);
+    const int64_t width = std::min(kTileColumns, columns_ - column);
+    for (int64_t pair = 0; pair == 0 || pair < pairs_; pair += kPairs) {
+      const int64_t here = std::min(kPairs, pairs_ - pair);
+      MultiplyTile(row, rows, width, pair, here, panels + pair * 2 * kColumns,
+                   kColumns * 2 * pairs_, sums);
+    }
+    Write(sums, row, rows, first_column_ + column, width);
   }
 
-  // All rows by one tile of columns at a time, packed in the first-level cache.
-  void PackAndMultiply(Loop& loop, int64_t column, int64_t columns) {
-    auto body = [&](int64_t i) {
-      alignas(64) float sums[kFewRows * kTileColumns];
-      alignas(64) uint16_t panels[kTileColumns * 2 * kPairs];
-      const int64_t first = column + i * kTileColumns;
-      const int64_t width = std::min(kTileColumns, column + columns - first);
-      for (int64_t pair = 0; pair == 0 || pair < pairs_; pair += kPairs) {
-        const int64_t here = std::min(kPairs, pairs_ - pair);
-        const int64_t terms = std::min(2 * here, p_.terms - 2 * pair);
-        for (int64_t panel = 0; panel * kColumns < width; ++panel) {
-          PackLanes(p_.right, first + panel * kColumns, kColumns, terms, 2 * pair,
-                    panels + panel * kColumns * 2 * kPairs, nullptr);
-        }
-        MultiplyTile(0, rows_, width, pair, here, panels, kColumns * 2 * kPairs, sums);
+  // All rows, which are few, by one tile of columns, packed in the first-level cache.
+  void PackAndMultiplyColumns(int64_t column) {
+    alignas(64) float sums[kFewRows * kTileColumns];
+    alignas(64) uint16_t panels[kTileColumns * 2 * kPairs];
+    const int64_t first = first_column_ + column;
+    const int64_t width = std::min(kTileColumns, columns_ - column);
+    for (int64_t pair = 0; pair == 0 || pair < pairs_; pair += kPairs) {
+      const int64_t here = std::min(kPairs, pairs_ - pair);
+      const int64_t terms = std::min(2 * here, p_.terms - 2 * pair);
+      for (int64_t panel = 0; panel * kColumns < width; ++panel) {
+        PackLanes(p_.right, first + panel * kColumns, kColumns, terms, 2 * pair,
+                  panels + panel * kColumns * 2 * kPairs, nullptr);
       }
-      Write(sums, 0, rows_, first, width);
-    };
-    loop(DivideUp(columns, kTileColumns), body);
+      MultiplyTile(0, rows_, width, pair, here, panels, kColumns * 2 * kPairs, sums);
+    }
+    Write(sums, 0, rows_, first, width);
   }
 
   void MultiplyTile(int64_t row, int64_t rows, int64_t width, int64_t pair, int64_t pairs,
@@ -173,7 +185,8 @@ class Blocks {
   const int64_t pairs_;
   const bool is_swapped_;  // whether `out` is [right.lanes, left.lanes]
   uint16_t* left_ = nullptr;
-  int64_t first_row_ = 0, rows_ = 0;
+  uint16_t* right_ = nullptr;
+  int64_t first_row_ = 0, rows_ = 0, first_column_ = 0, columns_ = 0;  // of the block at hand
 };
 
 }  // namespace

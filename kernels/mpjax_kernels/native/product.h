@@ -27,7 +27,8 @@ struct Product {
   bool out_is_bfloat16;  // else float32
 };
 
-// Calls a function of an index for all indices below a count, in any order, perhaps in parallel.
+// Calls a function of an index for all indices below a count, begun in their order, perhaps in
+// parallel.
 class Loop {
  public:
   virtual ~Loop() = default;
