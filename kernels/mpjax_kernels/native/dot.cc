@@ -4,8 +4,8 @@
 //
 // lhs is stored [..., rows, terms], or [..., terms, rows] where `lhs_terms_last` is false; rhs
 // [..., terms, columns], or [..., columns, terms] where `rhs_terms_last` is true. A scale is
-// [..., lanes] or [..., 1]. Batch axes come first, and a size of 1 broadcasts. Sums and scaling are in
-// float32.
+// [..., lanes] or [..., 1]. Batch axes come first, and a size of 1 broadcasts. Sums and scaling are
+// in float32.
 
 #include "dot.h"
 
@@ -99,7 +99,8 @@ struct Operand {
     const int64_t of_scale = BatchIndex(scale.dimensions(), out, batch, b);
     const int64_t scales = scale.dimensions()[batch];
     Matrix matrix;
-    matrix.data = static_cast<const uint8_t*>(values.untyped_data()) + of_values * lanes() * terms();
+    const uint8_t* first = static_cast<const uint8_t*>(values.untyped_data());
+    matrix.data = first + of_values * lanes() * terms();
     matrix.lanes = lanes();
     matrix.lane_stride = terms_last ? terms() : 1;
     matrix.term_stride = terms_last ? 1 : lanes();

@@ -17,8 +17,8 @@ inline constexpr int kColumns = 16;        // lanes of a right panel
 inline constexpr int kColumnPanels = 3;    // right panels that are multiplied at once
 inline constexpr int kTermsPerStep = 4;    // terms come in multiples of this
 
-// A float8 matrix in memory: entry (lane, term) is at data[lane * lane_stride + term * term_stride],
-// where one of the strides is 1.
+// A float8 matrix in memory: entry (lane, term) is data[lane * lane_stride + term * term_stride],
+// and one of the strides is 1.
 struct Source {
   const uint8_t* data;
   int64_t lane_stride;
@@ -27,8 +27,8 @@ struct Source {
 
 inline constexpr int kWidth = kColumnPanels * kColumns;  // numbers in a row of a tile of sums
 
-// Where a tile of sums goes, and by what it is multiplied: by `first`, and then by `second`, because
-// the product of two small scales can underflow where the result does not.
+// Where a tile of sums goes, and by what it is multiplied: by one scale and then by the other,
+// because the product of two small ones can underflow where the result does not.
 struct Target {
   void* out;
   bool is_bfloat16;         // else float32

@@ -43,8 +43,8 @@ inline void Pause() {
 inline constexpr int kSpins = 1000;  // some 20 microseconds
 
 // Calls body(i) for i in [0, count), which the caller and the threads of the pool claim one by one,
-// in their order. The caller never waits for one that nobody has claimed, so the loop ends even if all
-// threads of the pool are busy or wait themselves.
+// in their order. The caller never waits for one that nobody has claimed, so the loop ends even if
+// all threads of the pool are busy or wait themselves.
 template <typename Body>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
   struct State {

@@ -68,7 +68,7 @@ class Blocks {
     return std::min(std::max<int64_t>(1, most / tile), DivideUp(lanes, tile)) * tile;
   }
 
-  // One loop over panels to pack and tiles to multiply. Chunks are claimed in their order, so who has
+  // One loop over panels to pack and tiles to multiply. They are claimed in their order, so who has
   // a tile waits for panels that others are packing, never for one that nobody has begun.
   void PackAndMultiply(Loop& loop, int64_t row_panels, int64_t column_panels, bool at_once) {
     const int64_t panels = row_panels + column_panels;

@@ -1,4 +1,4 @@
-// The call `mpjax_float8_quantize`: tensors in float8 by a scale each, and their amaxes, in one pass.
+// The call `mpjax_float8_quantize`: tensors in float8 by a scale each, and their amaxes, in a pass.
 //
 //   amax   = largest |x|, NaN where an entry is not finite
 //   known  = scale; that of the amax where `scale` is 0; NaN where it or the amax is not finite

@@ -8,7 +8,7 @@
 
 namespace mpjax {
 
-// A block of at least `numbers` uint16, aligned to 64 bytes; `data()` is null if there is no memory.
+// A block of at least `numbers` uint16, aligned to 64 bytes; `data()` is null without memory.
 class Scratch {
  public:
   explicit Scratch(size_t numbers);
