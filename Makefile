@@ -6,13 +6,13 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx train-float8 sentence-encoder test test-all test-tpu test-gpu lint bench
+.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu lint bench
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
-	@echo "make demo | demo-nnx | train-float8 | sentence-encoder | test | test-all | test-tpu |" \
-	  "test-gpu | lint | bench  [PYTHON=...] [ARGS=...]"
+	@echo "make demo | demo-nnx | train-float8 | generate | sentence-encoder | test | test-all |" \
+	  "test-tpu | test-gpu | lint | bench  [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py $(ARGS)
@@ -23,6 +23,10 @@ demo-nnx: .venv/demo.stamp
 # A run that was stopped is continued: ARGS=--resume.
 train-float8: .venv/demo.stamp
 	$(BIN)/python examples/train_float8.py $(ARGS)
+
+# ARGS='--prompt "class Path" --temperature 0.8'; with --weights FILE it trains only once.
+generate: .venv/demo.stamp
+	$(BIN)/python examples/generate.py $(ARGS)
 
 # Fetches the weights once, 83 MB, into the user's cache folder.
 sentence-encoder: .venv/encoder.stamp

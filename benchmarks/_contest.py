@@ -1,12 +1,13 @@
 """One case of a benchmark: we and our peers compute it, are checked, and are timed in turns."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from _timing import interleaved, spread
@@ -28,12 +29,14 @@ class Program:
         compile_seconds: What it took to trace and compile, or to load into a session.
         bytes: The arguments, weights included, and the result.
         temporary_bytes: What the call allocates beside them, where that is known.
+        text: The compiled program, where XLA made it.
     """
 
     run: Callable[[], Any]
     compile_seconds: float
     bytes: int
     temporary_bytes: int | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,38 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
     started = time.perf_counter()
     executable = fresh.lower(*arguments).compile()
     elapsed = time.perf_counter() - started
+    return _program(lambda: jax.block_until_ready(executable(*arguments)), executable, elapsed)
+
+
+def stepping(step: Callable[..., Any], state: Any, *arguments: Any) -> Program:
+    """The program of `step(state, *arguments) -> (state, result)`, each call the next step.
+
+    The state is donated from call to call.
+    """
+    arguments = jax.device_put(arguments)
+    fresh = jax.jit(lambda state, *arguments: step(state, *arguments), donate_argnums=0)
+    started = time.perf_counter()
+    executable = fresh.lower(state, *arguments).compile()
+    elapsed = time.perf_counter() - started
+    held = [jax.tree.map(jnp.copy, state)]  # the caller's own is not donated
+
+    def run() -> Any:
+        held[0], result = executable(held[0], *arguments)
+        return jax.block_until_ready(result)
+
+    return _program(run, executable, elapsed)
+
+
+def _program(run: Callable[[], Any], executable: Any, seconds: float) -> Program:
     memory = executable.memory_analysis()
     if memory is None:
         raise NotImplementedError(f"{jax.default_backend()} does not say what a program reads")
     return Program(
-        run=lambda: jax.block_until_ready(executable(*arguments)),
-        compile_seconds=elapsed,
+        run=run,
+        compile_seconds=seconds,
         bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        text=executable.as_text(),
     )
 
 
@@ -104,19 +131,42 @@ def hold(
     Raises:
         ArithmeticError: If our own result is wrong. A peer's is an entry with that error.
     """
-    ours, entry = _ready(contest.ours, contest.reference)
-    programs, entries = {"ours": ours}, {"ours": entry}
-    for name, contender in contest.peers.items():
+    contenders = {"ours": contest.ours} | contest.peers
+    entries = race(
+        contenders, {"ours"}, contest.reference, rounds, limits, contest.operations, before
+    )
+    return contest.facts | {"rounds": rounds} | compared(entries, contest.targets)
+
+
+def race(
+    contenders: dict[str, Contender],
+    own: Collection[str],
+    reference: np.ndarray,
+    rounds: int,
+    limits: dict[str, float],
+    operations: int | None = None,
+    before: Callable[[], Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Prepares, checks and times everyone; returns their entries.
+
+    Raises:
+        ArithmeticError: If the result of one of our `own` is wrong. A peer's is an entry with
+            that error, as is whatever else it raises.
+    """
+    programs, entries = {}, {}
+    for name, contender in contenders.items():
         try:
-            programs[name], entries[name] = _ready(contender, contest.reference)
+            programs[name], entries[name] = _ready(contender, reference)
         except Exception as error:  # Whatever a peer raises is its entry, and the only one caught.
+            if name in own:
+                raise
             entries[name] = _identity(contender) | {"error": f"{type(error).__name__}: {error}"}
     runs = {name: program.run for name, program in programs.items()}
     for name, samples in interleaved(runs, rounds, before).items():
         timing = spread(samples)
-        rates = _rates(timing["median_ms"] / 1e3, programs[name].bytes, contest.operations, limits)
+        rates = _rates(timing["median_ms"] / 1e3, programs[name].bytes, operations, limits)
         entries[name] |= timing | rates
-    return contest.facts | {"rounds": rounds} | compared(entries, contest.targets)
+    return entries
 
 
 def compared(entries: dict[str, dict[str, Any]], targets: dict[str, float]) -> dict[str, Any]:
@@ -165,6 +215,7 @@ def _ready(contender: Contender, reference: np.ndarray) -> tuple[Program, dict[s
         "relative_error": None if error is None else float(f"{error:.4g}"),
         "error_bound": contender.bound,
         "compile_s": round(program.compile_seconds, 4),
+        "bytes": program.bytes,
         "temporary_bytes": program.temporary_bytes,
     }
     return program, entry

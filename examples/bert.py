@@ -109,6 +109,35 @@ def _layer(published: "_Published", name: str, shape: Shape) -> dict[str, Any]:
     }
 
 
+def random_tensors(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """The tensors of a BERT by their names in PyTorch: Gaussians, of variance 1 / inputs."""
+    rng, width = np.random.default_rng(seed), shape.width
+    tensors: dict[str, np.ndarray] = {}
+
+    def dense(name: str, into: int, out: int) -> None:
+        tensors[f"{name}.weight"] = rng.normal(0, into**-0.5, (out, into)).astype(np.float32)
+        tensors[f"{name}.bias"] = rng.normal(0, 0.1, out).astype(np.float32)
+
+    def norm(name: str) -> None:
+        tensors[f"{name}.weight"] = rng.normal(1, 0.1, width).astype(np.float32)
+        tensors[f"{name}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
+
+    tables = {"word": shape.vocabulary, "position": shape.positions, "token_type": 2}
+    for name, rows in tables.items():
+        table = rng.normal(0, 1, (rows, width)).astype(np.float32)
+        tensors[f"embeddings.{name}_embeddings.weight"] = table
+    norm("embeddings.LayerNorm")
+    for i in range(shape.depth):
+        layer = f"encoder.layer.{i}"
+        for each in ("self.query", "self.key", "self.value", "output.dense"):
+            dense(f"{layer}.attention.{each}", width, width)
+        norm(f"{layer}.attention.output.LayerNorm")
+        dense(f"{layer}.intermediate.dense", width, shape.inner)
+        dense(f"{layer}.output.dense", shape.inner, width)
+        norm(f"{layer}.output.LayerNorm")
+    return tensors
+
+
 @dataclasses.dataclass(frozen=True)
 class _Published:
     """Published tensors, read as the parameters of Flax's layers."""

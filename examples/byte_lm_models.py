@@ -8,6 +8,10 @@ A block is pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`. The last
 branch starts at zero, so a block starts as the identity: after 500 steps, in one run, that was
 worth 0.2 bits per byte. Positions are learned, the head is a Dense of its own (not tied to the
 embedding), and the output is logits [B, T, 256].
+
+To decode, a model is given one byte at a time, with its position, and its attention layers keep
+what they saw: in Linen those of `ByteLM(shape, decode=True)`, whose parameters are the same; in NNX
+after `model.set_attributes(decode=True)` and `model.init_cache(batch)`.
 """
 
 import dataclasses
@@ -36,12 +40,17 @@ class Block(nn.Module):
 
     heads: int
     dtype: Any = None
+    decode: bool = False
 
     @nn.compact
     def __call__(self, x, mask):
         width = x.shape[-1]
         attention = nn.MultiHeadDotProductAttention(
-            self.heads, dtype=self.dtype, out_kernel_init=nn.initializers.zeros, name="attention"
+            self.heads,
+            dtype=self.dtype,
+            out_kernel_init=nn.initializers.zeros,
+            decode=self.decode,
+            name="attention",
         )
         up = nn.Dense(4 * width, dtype=self.dtype, name="up")
         down = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="down")
@@ -50,19 +59,22 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """Bytes [B, T] to logits of the next byte [B, T, 256], Linen."""
+    """Bytes [B, T] at positions [T] (None: from 0) to logits of the next [B, T, 256], Linen."""
 
     shape: Shape = Shape()
     dtype: Any = None
+    decode: bool = False
 
     @nn.compact
-    def __call__(self, tokens):
-        width, position = self.shape.width, jnp.arange(tokens.shape[-1])
+    def __call__(self, tokens, position=None):
+        width = self.shape.width
+        position = jnp.arange(tokens.shape[-1]) if position is None else position
         x = nn.Embed(VOCAB, width, dtype=self.dtype, name="embedding")(tokens)
         x = x + nn.Embed(self.shape.context, width, dtype=self.dtype, name="position")(position)
         mask = nn.make_causal_mask(tokens)
         for i in range(self.shape.depth):
-            x = Block(self.shape.heads, self.dtype, name=f"block_{i}")(x, mask)
+            block = Block(self.shape.heads, self.dtype, self.decode, name=f"block_{i}")
+            x = block(x, mask)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         return nn.Dense(VOCAB, dtype=self.dtype, name="head")(x)
 
@@ -92,7 +104,7 @@ class NNXBlock(nnx.Module):
 
 
 class ByteLMNNX(nnx.Module):
-    """Bytes [B, T] to logits of the next byte [B, T, 256], NNX."""
+    """Bytes [B, T] at positions [T] (None: from 0) to logits of the next [B, T, 256], NNX."""
 
     def __init__(self, shape: Shape | None = None, dtype: Any = None, *, rngs: nnx.Rngs):
         shape = shape or Shape()
@@ -104,8 +116,14 @@ class ByteLMNNX(nnx.Module):
         self.norm = nnx.LayerNorm(shape.width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(shape.width, VOCAB, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens):
-        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[-1]))
+    def init_cache(self, batch: int, dtype: Any = jnp.float32) -> None:
+        """Empty caches for as many positions as there are."""
+        for block in self.blocks:
+            block.attention.init_cache((batch, *self.position.embedding.shape), dtype)
+
+    def __call__(self, tokens, position=None):
+        position = jnp.arange(tokens.shape[-1]) if position is None else position
+        x = self.embedding(tokens) + self.position(position)
         mask = nnx.make_causal_mask(tokens)
         for block in self.blocks:
             x = block(x, mask)

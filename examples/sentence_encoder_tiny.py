@@ -9,9 +9,8 @@ import string
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import safetensors.numpy
-from bert import Shape
+from bert import Shape, random_tensors
 from sentence_encoder_wheel import FOLDER
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -43,35 +42,6 @@ def write_wheel(path: Path, seed: int = 0) -> Path:
         for name, content in files.items():
             wheel.writestr(f"{FOLDER}/{name}", content)
     return path
-
-
-def random_tensors(shape: Shape, seed: int) -> dict[str, np.ndarray]:
-    """The tensors of a BERT by their names in PyTorch: Gaussians, of variance 1 / inputs."""
-    rng, width = np.random.default_rng(seed), shape.width
-    tensors: dict[str, np.ndarray] = {}
-
-    def dense(name: str, into: int, out: int) -> None:
-        tensors[f"{name}.weight"] = rng.normal(0, into**-0.5, (out, into)).astype(np.float32)
-        tensors[f"{name}.bias"] = rng.normal(0, 0.1, out).astype(np.float32)
-
-    def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = rng.normal(1, 0.1, width).astype(np.float32)
-        tensors[f"{name}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
-
-    tables = {"word": shape.vocabulary, "position": shape.positions, "token_type": 2}
-    for name, rows in tables.items():
-        table = rng.normal(0, 1, (rows, width)).astype(np.float32)
-        tensors[f"embeddings.{name}_embeddings.weight"] = table
-    norm("embeddings.LayerNorm")
-    for i in range(shape.depth):
-        layer = f"encoder.layer.{i}"
-        for each in ("self.query", "self.key", "self.value", "output.dense"):
-            dense(f"{layer}.attention.{each}", width, width)
-        norm(f"{layer}.attention.output.LayerNorm")
-        dense(f"{layer}.intermediate.dense", width, shape.inner)
-        dense(f"{layer}.output.dense", shape.inner, width)
-        norm(f"{layer}.output.LayerNorm")
-    return tensors
 
 
 def make_tokenizer() -> Tokenizer:

@@ -22,6 +22,7 @@ from ._gradients import Gradients as Gradients
 from ._gradients import value_and_grad as value_and_grad
 from ._init_scaling import init_scaling as init_scaling
 from ._layer_policies import layer_policies as layer_policies
+from ._lazy_array import LazyArray as LazyArray
 from ._load import load as load
 from ._load import load_policy as load_policy
 from ._loss_scale import DynamicLossScale as DynamicLossScale
@@ -40,6 +41,7 @@ from ._observers import AbsMax as AbsMax
 from ._observers import Entropy as Entropy
 from ._observers import MovingAverage as MovingAverage
 from ._observers import Percentile as Percentile
+from ._open_weights import open_weights as open_weights
 from ._policy import DTypePolicy as DTypePolicy
 from ._policy import FloatDTypePolicy as FloatDTypePolicy
 from ._policy_map import DTypePolicyMap as DTypePolicyMap

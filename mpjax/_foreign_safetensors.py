@@ -25,7 +25,7 @@ import mpjax_kernels as mk
 
 from ._file_header import was_saved_by_mpjax
 from ._foreign_scales import scale_like
-from ._load import to_devices
+from ._lazy_array import to_devices
 from ._placement import sharding_at, shardings_of_parts
 from ._safetensors import ModelFileError, SafetensorsFile, open_safetensors
 

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from ._file_bytes import read_array
 from ._file_header import Header, LeafRecord, nest
 from ._file_leaves import LeafParts, put_together
+from ._lazy_array import to_devices
 from ._paths import join
 from ._placement import sharding_at, shardings_of_parts
 from ._policy_map import Policy
@@ -90,14 +88,6 @@ def load_policy(path: str | Path) -> Policy:
             return deserialize(policy)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(file.path, f"its policy: {error}") from error
-
-
-def to_devices(array: np.ndarray, sharding: Any) -> Any:
-    """An array on its devices; as it is, if JAX has no such dtype at present."""
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array
-    # Waited for, so that no two arrays are on the host at once.
-    return jax.block_until_ready(jax.device_put(array, sharding))
 
 
 def _shardings_of(leaf: LeafRecord, sharding: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 import mpjax_kernels as mk
 
 from ._paths import join
+from ._save import unboxed
 from ._scaling import ScalingState
 
 
@@ -35,7 +36,7 @@ def sharding_at(shardings: Any, path: tuple[str | int, ...]) -> Any:
                 "known: add it; None stands for the default device"
             )
         shardings = shardings[key]
-    return shardings
+    return unboxed(shardings)
 
 
 def shardings_of_parts(sharding: Any, leaf: Any, parts: Mapping[str, Any], path: str) -> dict:

@@ -16,6 +16,9 @@ from ._ambient import current_source_name
 from ._dtype_names import dtype_name, parse_policy_name
 from ._loss_scale import LossScale, NoLossScale, get_loss_scale, serialize_loss_scale
 
+# The formats of `mpjax_kernels` that a cache of keys and values is stored in.
+CACHE_FORMATS = {"int8": "int8", "float8": "float8_e4m3fn"}
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -34,6 +37,9 @@ class DTypePolicy:
         loss_scale: `"auto"` (dynamic for `"mixed_float16"`, else None), `"dynamic"`, a number, a
             `DynamicLossScale`, a `StaticLossScale`, a `NoLossScale`, or None.
         output_dtype: What the outermost call returns. None is `compute_dtype`.
+        kv_cache: `"int8"` or `"float8"` (E4M3) has Flax' attention layers store the keys and values
+            of decoding in 8 bits, with a scale per position and head; None stores floats. It is not
+            part of the name.
 
     Attributes:
         name: The canonical name.
@@ -42,10 +48,11 @@ class DTypePolicy:
         variable_dtype: The dtype in which variables are kept, as a string.
         output_dtype: The dtype of the output, as a string.
         loss_scale: The configuration of loss scaling, or None.
+        kv_cache: What the cache of attention is stored in, or None.
 
     Raises:
         TypeError: If `name` is not a string.
-        ValueError: If `name`, `loss_scale` or `output_dtype` cannot be interpreted.
+        ValueError: If `name`, `loss_scale`, `output_dtype` or `kv_cache` cannot be interpreted.
 
     References:
         https://keras.io/api/mixed_precision/policy/
@@ -58,6 +65,7 @@ class DTypePolicy:
     variable_dtype: str
     output_dtype: str
     loss_scale: LossScale | None
+    kv_cache: str | None
 
     # __init__ takes what a user writes, the fields hold what it means. Equality is by fields, and
     # by kind in place of the class: Keras has two classes for one policy, equal and alike in use.
@@ -69,8 +77,9 @@ class DTypePolicy:
         *,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
+        kv_cache: str | None = None,
     ):
-        source = source_fields(name, loss_scale, output_dtype)
+        source = source_fields(name, loss_scale, output_dtype, kv_cache)
         set_fields(self, name=source["source_name"], **source)
 
     @property
@@ -94,6 +103,8 @@ class DTypePolicy:
             config["loss_scale"] = serialize_loss_scale(self.loss_scale)
         if self.output_dtype != self.compute_dtype:
             config["output_dtype"] = self.output_dtype
+        if self.kv_cache is not None:
+            config["kv_cache"] = self.kv_cache
         return config
 
     def _identity(self) -> tuple[Any, ...]:
@@ -126,8 +137,15 @@ def set_fields(policy: DTypePolicy, **fields: Any) -> None:
         object.__setattr__(policy, name, value)
 
 
-def source_fields(name: str | None, loss_scale: Any, output_dtype: Any) -> dict[str, Any]:
+def source_fields(
+    name: str | None, loss_scale: Any, output_dtype: Any, kv_cache: str | None
+) -> dict[str, Any]:
     """Returns the fields that a policy has with or without quantization."""
+    if kv_cache not in (None, *CACHE_FORMATS):
+        raise ValueError(
+            f"`kv_cache` is {kv_cache!r}: a cache of keys and values is stored in one of "
+            f"{tuple(CACHE_FORMATS)}, or, with None, as floats"
+        )
     source = parse_policy_name(current_source_name() if name is None else name)
     if isinstance(loss_scale, str) and loss_scale == "auto":
         loss_scale = _auto_loss_scale(source.name)
@@ -151,6 +169,7 @@ def source_fields(name: str | None, loss_scale: Any, output_dtype: Any) -> dict[
         "variable_dtype": source.variable,
         "output_dtype": output_dtype or source.output or source.compute,
         "loss_scale": get_loss_scale(loss_scale),
+        "kv_cache": kv_cache,
     }
 
 

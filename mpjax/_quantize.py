@@ -1,23 +1,35 @@
 """`quantize`: float weights in, weights of 8 or 4 bits out, for the same wrapped model."""
 
+import collections
+import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 import mpjax_kernels as mk
 
+from ._checkpoint_leaves import committed
 from ._context import Product
+from ._lazy_array import LazyArray, in_memory
+from ._placement import shardings_of_parts
 from ._quantization_report import QuantizationReport
 from ._stored import CannotStoreError, Stored, cut
 from ._wrap import policies_of, wrapped_adapter_of
 
 
 def quantize(
-    model: Any, variables: Any = None, *args: Any, return_report: bool = False, **kwargs: Any
+    model: Any,
+    variables: Any = None,
+    *args: Any,
+    return_report: bool = False,
+    donate: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Turns the weights of a wrapped model's quantized layers into 8 or 4 bits.
 
@@ -37,15 +49,31 @@ def quantize(
     (`int8_delayed` as `int8_static`.) The wrapped model applies the result. int8 products
     accumulate in int32, float8 in float32. No float copy of a quantized weight is kept.
 
+    Weights are quantized one after the other, so that beside the float weights and the result
+    memory holds one layer. Less is needed where the floats go as they are quantized: they are the
+    NNX model's alone, or are donated (float weights plus one layer); or are still on disk
+    (quantized weights plus one layer):
+
+        qvars = mp.quantize(model, {"params": mp.open_weights("model.safetensors")}, x)
+
+        model = mp.wrap(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), policy)     # NNX, without values
+        mp.quantize(model, mp.open_weights("model.safetensors"))
+
+    `jax.eval_shape(lambda v: mp.quantize(model, v, x), variables)` gives the shapes of the result.
+
     Args:
       model: a wrapped Linen or NNX module, under a policy such as `"int8_from_mixed_bfloat16"`.
-      variables: Linen: the variables to quantize, `{"params": ..., ...}`, as `apply` takes them.
-        NNX: nothing, the model holds its weights.
+      variables: Linen: the variables to quantize, `{"params": ..., ...}`, as `apply` takes them;
+        leaves may be `LazyArray`s of `mpjax.open_weights`. NNX: nothing, the model holds its
+        weights; or nested dicts of those to give it, by path, lazy ones too: all that it has not.
       *args: Linen: the arguments of one call, `x`. Arrays may be `jax.ShapeDtypeStruct`s: the call
         is traced to meet the layers, never run. NNX: nothing.
       return_report: whether to return a `QuantizationReport` too, which says of every weight how
         it is stored, or why it was left. Without it, weights that were left although their policy
         quantizes them are warned of.
+      donate: whether the buffers of float weights are deleted as soon as they are quantized (all
+        are checked first), whoever else holds them: `variables` cannot be used any more. NumPy
+        arrays and what is traced stay.
       **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...).
 
     Returns:
@@ -55,7 +83,9 @@ def quantize(
 
     Raises:
       ValueError: the model is not wrapped or its policy quantizes nothing; the variables belong to
-        another model, are quantized already, or hold a NaN or an infinity (named by its path).
+        another model, are quantized already, or hold a NaN or an infinity (named by its path); an
+        opened file lacks a weight, or has one that the model has not.
+      ModelFileError: a file of weights is damaged, or has changed since it was opened.
       TypeError: `model` is not a Flax module, or arguments are missing.
       NotImplementedError: the model uses a kernel in a way that no stored weight can follow, such
         as a weight normalization of it, or a stack of layers along another axis than the first.
@@ -64,7 +94,7 @@ def quantize(
       UserWarning: weights were left in their source precision, see `return_report`.
     """
     adapter = wrapped_adapter_of(model)
-    quantized, report = adapter.quantize(model, variables, *args, **kwargs)
+    quantized, report = adapter.quantize(model, variables, *args, donate=donate, **kwargs)
     if not report.quantized:
         raise _nothing_to_quantize(report, type(model).__name__, adapter.policy_of(model))
     if return_report:
@@ -98,8 +128,8 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
     """One float weight as its policy stores it.
 
     Args:
-      weight: floating array; the leading axes that `product` does not see each get their scales,
-        so a stack of layers [layers, K, N] keeps those of every layer.
+      weight: floating array, also a lazy one; the leading axes that `product` does not see each
+        get their scales, so a stack of layers [layers, K, N] keeps those of every layer.
       stored: how it is stored.
       product: how its layer multiplies it.
       path: the weight's name in messages.
@@ -108,17 +138,31 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
       CannotStoreError: the weight cannot be cut as `stored` asks.
       ValueError: the weight is quantized already, or holds a NaN or an infinity.
     """
+    axis, group_size = check_storable(weight, stored, product, path)
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"'{path}' has no values ({weight}): give weights, such as mp.open_weights(path), or "
+            "trace mp.quantize by jax.eval_shape"
+        )
+    array = jnp.asarray(in_memory(weight))
+    if not isinstance(array, Tracer):
+        check_finite(array, path)
+    q = _stored(array, stored.format, axis, group_size, stored.symmetric)
+    # Waited for, so that no two layers are in memory at once.
+    return jax.block_until_ready(_placed_like(array, q, path))
+
+
+def check_storable(
+    weight: Any, stored: Stored, product: Product, path: str
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The axes that share a scale and their group sizes; raises as `quantize_weight` of shapes."""
     if isinstance(weight, mk.QTensor):
         raise ValueError(f"'{path}' is quantized already ({weight!r}): quantize the float weights")
     if product.is_conv and stored.granularity not in ("tensor", "channel"):
         raise CannotStoreError(
             "the scales of a convolution are one, or one per output feature, not one per group"
         )
-    axis, group_size = cut(stored, product.shape, product.contracting)
-    array = jnp.asarray(weight)
-    if not isinstance(array, Tracer):
-        _check_finite(array, path)
-    return _stored(array, stored.format, axis, group_size, stored.symmetric)
+    return cut(stored, product.shape, product.contracting)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -126,13 +170,50 @@ def _stored(weight: Any, format: str, axis: Any, group_size: Any, symmetric: boo
     return mk.quantize(weight, format, axis=axis, group_size=group_size, symmetric=symmetric)
 
 
-def _check_finite(weight: jax.Array, path: str) -> None:
-    bad = int(_non_finite(weight))
-    if bad:
+def _placed_like(weight: jax.Array, q: mk.QTensor, path: str) -> mk.QTensor:
+    """The stored weight where the float one is: the values cut as it, the scales where they can."""
+    sharding = None if isinstance(weight, Tracer) else committed(weight)
+    if not isinstance(sharding, NamedSharding):
+        return q
+    names = [name for name in ("values", "scale", "zero_point") if getattr(q, name) is not None]
+    parts = {name: getattr(q, name) for name in names}
+    places = shardings_of_parts(sharding, q, parts, path)
+    return dataclasses.replace(q, **{n: jax.device_put(x, places[n]) for n, x in parts.items()})
+
+
+def check_finite(weight: Any, path: str) -> None:
+    """Raises ValueError if a float weight that is in memory holds a NaN or an infinity."""
+    if isinstance(weight, LazyArray | Tracer | mk.QTensor | jax.ShapeDtypeStruct):
+        return
+    if not jnp.isfinite(_nan_of(jnp.asarray(weight))):
+        bad = int(_non_finite(jnp.asarray(weight)))
         raise ValueError(
             f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
             "like that cannot be quantized: restore it from a checkpoint before they appeared"
         )
+
+
+def check_donated(weights: Mapping[str, Any], tree: Any) -> None:
+    """Raises ValueError if a weight by path that is to be freed has another place in a tree."""
+    places = collections.Counter(id(leaf) for leaf in jax.tree.leaves(tree))
+    for path, weight in weights.items():
+        if places[id(weight)] > 1:
+            raise ValueError(
+                f"`donate` is True, but the array at '{path}' is in the model more than once, so "
+                "freeing it would take it from the others: leave `donate` out, or copy the array"
+            )
+
+
+def release(weight: Any) -> None:
+    """Frees a float weight that was donated."""
+    if isinstance(weight, jax.Array) and not isinstance(weight, Tracer):
+        weight.delete()
+
+
+@jax.jit
+def _nan_of(weight: jax.Array) -> jax.Array:
+    """0, or NaN if an entry is not finite; in one pass that keeps nothing."""
+    return jnp.sum(weight - weight, dtype=jnp.float32)
 
 
 @jax.jit

@@ -43,6 +43,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         amax_algorithm: `"max"` or `"most_recent"`, as in `DelayedScaling`. Not part of the name.
         quantize_attention: True has Flax' attention layers multiply query by key, and weights by
             value, in 8 bits too, and not only their projections. Not part of the name.
+        kv_cache: As in `DTypePolicy`.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
 
@@ -86,10 +87,11 @@ class QuantizedDTypePolicy(DTypePolicy):
         margin: float = 0,
         amax_algorithm: str = "max",
         quantize_attention: bool = False,
+        kv_cache: str | None = None,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
     ):
-        source = source_fields(source_name, loss_scale, output_dtype)
+        source = source_fields(source_name, loss_scale, output_dtype, kv_cache)
         scheme = parse_mode(
             mode,
             activations=activations,
@@ -168,6 +170,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         margin: As in `QuantizedDTypePolicy`.
         amax_algorithm: As in `QuantizedDTypePolicy`.
         quantize_attention: As in `QuantizedDTypePolicy`.
+        kv_cache: As in `DTypePolicy`.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
 
@@ -196,6 +199,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         margin: float = 0,
         amax_algorithm: str = "max",
         quantize_attention: bool = False,
+        kv_cache: str | None = None,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
     ):
@@ -211,6 +215,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
             margin=margin,
             amax_algorithm=amax_algorithm,
             quantize_attention=quantize_attention,
+            kv_cache=kv_cache,
             loss_scale=loss_scale,
             output_dtype=output_dtype,
         )

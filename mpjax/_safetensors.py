@@ -30,6 +30,7 @@ import numpy as np
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_RANK = 32
 _METADATA = "__metadata__"
+_ALIGNMENT = 64  # bytes
 
 # The format's names of dtypes.
 DTYPES = {
@@ -107,7 +108,7 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """The bytes of an array, uint8 [nbytes]; ModelFileError if the file ends before them."""
         entry = self.entries[name]
-        data = np.empty(entry.stop - entry.start, np.uint8)
+        data = _aligned(entry.stop - entry.start)
         self._file.seek(entry.start)
         if self._file.readinto(data.data) != data.size:
             raise damaged(self.path, f"it ends inside {name!r}")
@@ -117,6 +118,12 @@ class SafetensorsFile:
         """An array, of its own dtype and shape."""
         entry = self.entries[name]
         return self.read(name).view(entry.dtype).reshape(entry.shape)
+
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Which file it is, and in which state: it changes when someone writes to it."""
+        status = os.fstat(self._file.fileno())
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -145,6 +152,35 @@ def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
         except (KeyError, TypeError, ValueError) as error:
             raise damaged_header(path, error) from error
         yield SafetensorsFile(path, entries, metadata, file)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Room for so many bytes that JAX, on a CPU, can take as an array without copying it."""
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + size]
+
+
+@contextlib.contextmanager
+def reopened(
+    path: Path, stamp: tuple[int, ...], entries: Mapping[str, Entry]
+) -> Iterator[SafetensorsFile]:
+    """Opens a file whose header was checked before.
+
+    Args:
+      path: of the file.
+      stamp: `SafetensorsFile.stamp`, as it was then.
+      entries: the arrays of interest.
+
+    Raises:
+      FileNotFoundError: it is gone.
+      ModelFileError: it is another file, or has changed.
+    """
+    with path.open("rb") as file:
+        again = SafetensorsFile(path, entries, {}, file)
+        if again.stamp != stamp:
+            raise damaged(path, "it has changed since it was opened")
+        yield again
 
 
 def encode_header(

@@ -105,7 +105,7 @@ def _leaves(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...],
     if len(path) > MAX_DEPTH:
         raise ValueError(f"'{join(path)}' is nested deeper than {MAX_DEPTH} dicts")
     if not isinstance(node, Mapping) or (path and not node):
-        yield path, _unboxed(node)
+        yield path, unboxed(node)
         return
     for key, child in node.items():
         if type(key) not in (str, int):
@@ -113,7 +113,7 @@ def _leaves(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...],
         yield from _leaves(child, (*path, key))
 
 
-def _unboxed(leaf: Any) -> Any:
+def unboxed(leaf: Any) -> Any:
     """A leaf without the boxes of Flax metadata around it."""
     meta = sys.modules.get("flax.core.meta")
     while meta is not None and isinstance(leaf, meta.AxisMetadata):

@@ -245,6 +245,28 @@ def test_ratios_of_training_steps_and_what_became_of_the_targets(module):
     ]
 
 
+def test_the_memory_of_quantizing_is_that_of_a_process_of_its_own(tmp_path, module):
+    arguments = ["--quick", "--cases", "int8 from safetensors", "--output", tmp_path]
+    result = run(*arguments, script="quantize_memory.py")
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "quantize_memory.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["case"] for row in rows] == [f"{a} int8 from safetensors" for a in ("linen", "nnx")]
+    # A table of 256 rows; two pairs of kernels with biases: in float32, and in int8 with scales.
+    kernels, biases = 256 * 128 + 2 * 2 * 128 * 512, 2 * (512 + 128)
+    quantized = kernels + 4 * (256 + biases) + 4 * biases
+    for row in rows:
+        assert row["float_mb"] == round(4 * (kernels + biases) / 1e6, 1)
+        assert row["of_float32"] == round(quantized / (4 * (kernels + biases)), 4)
+        assert row["before_mb"] > 50 and 0 < row["above_mb"] < 200 and row["targets"] == []
+    script = module("quantize_memory")
+    figures = {"of_float32": 0.3, "above_mb": 450.1}
+    assert script.targets(script.Case("linen", "int8", "memory"), figures) == [
+        {"figure": "of_float32", "at_most": 0.3, "reached": True},
+        {"figure": "above_mb", "at_most": 450, "reached": False},
+    ]
+
+
 @pytest.mark.parametrize("script", ["matmul", "conv", "quantize"])
 def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     suite = module("_suite")

@@ -114,6 +114,35 @@ def test_another_process_runs_it_without_mpjax_or_flax(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_another_process_runs_any_batch_with_the_weights_beside(tmp_path, api):
+    if api == "linen":
+        model, variables = quantized("int8")
+        args, apply = (variables,), jax.jit(lambda x: model.apply(variables, x))
+    else:
+        model = mp.quantize(mp.wrap(NetNNX(nnx.Rngs(0)), "int8_from_mixed_bfloat16"))
+        args, apply = (), nnx.jit(lambda x: model(x))
+    blob, weights = mp.export(model, *args, any_batch(), platforms=("cpu",), weights="beside")
+    (tmp_path / "model.bin").write_bytes(blob)
+    np.savez(tmp_path / "weights.npz", **weights)
+    np.save(tmp_path / "x.npy", X)
+    script = """
+        import sys
+        sys.modules.update(dict.fromkeys(("mpjax", "mpjax_kernels", "flax")))
+        import numpy as np
+        from jax import export
+        run = export.deserialize(bytearray(open("model.bin", "rb").read())).call
+        weights, x = dict(np.load("weights.npz")), np.load("x.npy")
+        for rows in (1, 3):
+            np.save(f"y{rows}.npy", np.asarray(run(weights, x[:rows]), np.float32))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    for rows in (1, 3):
+        expected = np.asarray(apply(X[:rows]), np.float32)
+        np.testing.assert_array_equal(np.load(tmp_path / f"y{rows}.npy"), expected)
+
+
 def test_what_is_no_artifact_is_said_to_be_none():
     model, variables = quantized("int8")
     blob = mp.export(model, variables, X, platforms=("cpu",))

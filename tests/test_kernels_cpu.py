@@ -51,9 +51,11 @@ def test_every_finite_bit_pattern_decodes_to_its_number(name, dtype):
 
 
 # [rows, terms] by [terms, columns]: one row and more than the blocks and cuts are made for, columns
-# that divide into cuts and a prime number of them, terms that divide into blocks and not.
+# that divide into cuts and a prime number of them, terms that divide into blocks and not; and less
+# than is cut at all.
 @pytest.mark.parametrize(
-    ("rows", "terms", "columns"), [(1, 1040, 1048), (16, 1031, 1033), (130, 264, 133)]
+    ("rows", "terms", "columns"),
+    [(1, 1040, 1048), (16, 1031, 1033), (130, 264, 133), (1, 264, 133), (16, 264, 133)],
 )
 @pytest.mark.parametrize("stored", ["KN", "NK"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -68,6 +70,21 @@ def test_integer_sums_are_exact_in_every_form(format, stored, rows, terms, colum
     expected = x.astype(np.int64) @ w
     np.testing.assert_array_equal(cpu(q, r), expected)
     np.testing.assert_array_equal(cpu(r.T, q.T), expected.T)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_small_weight_is_multiplied_as_it_lies(rows):
+    """Neither cut into blocks, whose loop would copy all of it, nor turned."""
+    x, small = unit(integers(rows, 1024)), unit(integers(1024, 1024))
+
+    def compiled(w):
+        product = jax.jit(partial(mk.matmul, implementation="cpu"))
+        return product.lower(x, w).compile().as_text()
+
+    text = compiled(small)
+    assert " while(" not in text and "s8[1024,1024]{1,0} parameter" in text
+    assert "s8[1024,1024]{1,0} fusion" not in text and "s8[1024,1024]{1,0} copy" not in text
+    assert " while(" in compiled(unit(integers(1024, 1025)))
 
 
 def test_both_operands_may_be_contracted_along_their_rows():
@@ -230,6 +247,22 @@ def test_a_decode_step_holds_no_second_copy_of_the_weight(name, stored):
         assert any("= s32[" in line for line in fast)
 
 
+@pytest.mark.parametrize("stored", ["KN", "NK"])
+def test_many_rows_by_groups_are_one_product_of_the_decoded_weight(stored):
+    """And not a product per group, whose sums take more time to add than to compute."""
+    g = quantize(normal(32, 130), "int4", axis=0, group_size=16)
+    x, g = normal(128, 32), mk.contiguous(g, axis=0) if stored == "NK" else g
+    w = np.asarray(mk.dequantize(g), np.float64)
+    bound = 32 * U * (np.abs(np.asarray(x, np.float64)) @ np.abs(w))  # 32 terms
+    assert (
+        np.abs(np.asarray(cpu(x, g), np.float64) - np.asarray(x, np.float64) @ w) <= bound
+    ).all()
+    text = jax.jit(mk.matmul).lower(x, g).compile().as_text()
+    assert text is not None
+    (product,) = [line for line in text.splitlines() if " dot(" in line]
+    assert "f32[128,130]" in product
+
+
 def test_what_xla_multiplies_as_fast_is_refused():
     q = quantize(normal(8, 4), "int8", axis=0)
     with pytest.raises(NotImplementedError, match=r"'cpu': the larger operand is float32\[9,8\]"):
@@ -240,11 +273,6 @@ def test_what_xla_multiplies_as_fast_is_refused():
     w = quantize(normal(8, 6, 5), "int8", axis=(0, 1))
     with pytest.raises(NotImplementedError, match="'cpu': scales vary along several contracting"):
         mk.dot_general(x, w, (((1, 2), (0, 1)), ((), ())), implementation="cpu")
-    g = quantize(normal(32, 65), "int4", axis=0, group_size=16)
-    with pytest.raises(NotImplementedError, match="'cpu': groups that are not contiguous"):
-        mk.matmul(normal(64, 32), g, implementation="cpu")
-    cpu(normal(64, 32), mk.contiguous(g, axis=0))
-    cpu(normal(63, 32), g)
     limit = 133144
     long = unit(np.zeros((1, limit + 1), np.int8))
     with pytest.raises(NotImplementedError, match=f"more than {limit} can overflow int32"):

@@ -8,6 +8,7 @@ import os
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+import mpjax as mp
 import mpjax_kernels as mk
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.usefixtures("strict_promotion")]
@@ -253,3 +255,28 @@ def test_convolutions_ragged_products_and_lookups_hold_no_dequantized_weight(
     ]:
         memory = compiled(chip, operation, *args).memory_analysis()
         assert memory.temp_size_in_bytes < weight.nbytes / 10
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "float8"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_decoding_reads_its_cache_as_it_is_stored(compiled, chip, kv_cache):
+    batch, length, heads, width = 8, 1024, 16, 1024
+    layer = nn.MultiHeadDotProductAttention(heads, decode=True)
+    model = mp.wrap(layer, mp.DTypePolicy("bfloat16", kv_cache=kv_cache))
+    x = jax.ShapeDtypeStruct((batch, length, width), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # Flax masks float32 scores by a bfloat16
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def step(variables, x):
+        with jax.numpy_dtype_promotion("standard"):
+            return model.apply(variables, x, mutable=["cache"])
+
+    program = compiled(chip, step, variables, jax.ShapeDtypeStruct((batch, 1, width), x.dtype))
+    size = batch * length * width
+    weights = 2 * sum(x.size for x in jax.tree.leaves(variables["params"]))
+    allocated = program.memory_analysis().argument_size_in_bytes - weights
+    # A float32 scale per head and position beside the 8 bits, and neither of them padded.
+    assert 2 * size * (1 + 4 * heads / width) <= allocated < 2.2 * size
+    assert program.memory_analysis().temp_size_in_bytes == 0
+    # As large as a cache there are the two caches that come out, in 8 bits, and nothing else.
+    assert bytes_beside_the_weight(program, size) == 2 * size

@@ -192,6 +192,57 @@ def test_frozen_dicts_partitioned_kernels_methods_and_keywords():
     np.testing.assert_array_equal(y, model.apply(variables, x, train=True, method="encode"))
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_weights_stored_the_other_way_round_give_the_same_outputs(scanned):
+    """`mk.contiguous` changes how values lie; Flax would take them for those of another model."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            init = nn.initializers.lecun_normal()
+            boxed = init if scanned else nn.with_partitioning(init, ("in", "out"))
+            x = nn.Dense(8, kernel_init=boxed)(nn.gelu(nn.Dense(12)(x)))
+            return nn.MultiHeadDotProductAttention(2)(x), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0}
+            layers = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
+            return (layers if scanned else Layer)()(x)[0]
+
+    model, x = mp.wrap(Net(), INT8), jax.random.normal(jax.random.key(1), (2, 3, 8))
+    quantized = mp.quantize(model, model.init(jax.random.key(0), x), x)
+    turned, changed = turn(quantized)
+    assert changed == 6
+    np.testing.assert_array_equal(model.apply(turned, x), model.apply(quantized, x))
+
+
+def test_nnx_weights_stored_the_other_way_round_give_the_same_outputs():
+    model, x = nnx.Linear(6, 10, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
+    mp.quantize(mp.wrap(model, INT8))
+    expected = model(x)
+    turned, changed = turn(nnx.state(model))
+    assert changed == 1
+    nnx.update(model, turned)
+    assert model.kernel.get_raw_value().values.shape == (10, 6)
+    np.testing.assert_array_equal(model(x), expected)
+
+
+def turn(tree):
+    """The tree with its QTensors stored with the entries that share a scale last; how many."""
+    changed = []
+
+    def each(leaf):
+        if not isinstance(leaf, mk.QTensor):
+            return leaf
+        shared = [axis for axis, size in enumerate(leaf.scale.shape) if size == 1]
+        changed.append(leaf)
+        return mk.contiguous(leaf, axis=shared)
+
+    return jax.tree.map(each, tree, is_leaf=lambda leaf: isinstance(leaf, mk.QTensor)), len(changed)
+
+
 def test_a_layer_with_its_authors_own_product_stays_in_the_source_precision():
     class Net(nn.Module):
         @nn.compact

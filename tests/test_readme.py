@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,39 +27,60 @@ def test_quick_start(heading):
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
+def block_with(text: str) -> str:
+    (block,) = (block for block in BLOCKS if text in block)
+    return block
+
+
 def test_the_training_loops_run():
-    linen, nnx, _, _, _, linen_training, nnx_training, _ = BLOCKS
     scope = {}
-    exec(linen, scope)
-    exec(linen_training, scope)
+    exec(block_after("Linen"), scope)
+    exec(block_with("mp.TrainState.create"), scope)
     assert scope["state"].step == 1 and scope["loss"].dtype == jnp.float32
     assert scope["logits"].dtype == jnp.bfloat16
     histories = scope["state"].scaling["Dense_0"]["input"].amax_history
     assert histories.shape == (1024,) and histories[0] == 1 and not histories[1:].any()
-    exec(nnx, scope)
-    exec(nnx_training, scope)
+    exec(block_after("NNX"), scope)
+    exec(block_with("mp.nnx.Optimizer"), scope)
     assert scope["optimizer"].step[...] == 1
     assert scope["model"].scaling["input"][...].amax_history[0] == 1
 
 
 def test_quantized_inference(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    linen, _, storing, saving, exporting, *_ = BLOCKS
     scope = {}
-    exec(linen, scope)
-    exec(storing, scope)
+    exec(block_after("Linen"), scope)
+    exec(block_with("return_report=True"), scope)
     assert [each.dtype for each in scope["report"].weights] == ["int4", "float8_e4m3fn"]
     assert capsys.readouterr().out == f"{scope['report']}\n"
     expected = scope["small"].apply(scope["quantized"], scope["x"])
-    exec(saving, scope)
-    exec(exporting, scope)
+    exec(block_with('mp.save("model'), scope)
+    exec(block_with("mp.export("), scope)
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
+
+
+def test_weights_from_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block_after("Linen"), scope)
+    expected = scope["quantized"]
+    exec(block_with("mp.open_weights("), scope)
+    assert scope["from_disk"] is not expected
+    for a, b in zip(*map(jax.tree.leaves, (scope["from_disk"], expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.structure(scope["shapes"]) == jax.tree.structure(expected)
+
+
+def test_the_policies_with_a_cache_in_8_bits():
+    scope = {}
+    exec("import mpjax as mp\n" + block_with("kv_cache="), scope)
+    assert scope["policy"].kv_cache == "int8" and scope["policy"].quantization_mode is None
 
 
 def test_the_policy_map_follows_from_the_linen_block():
     scope = {}
-    exec(BLOCKS[0], scope)
-    exec(BLOCKS[-1], scope)
+    exec(block_after("Linen"), scope)
+    exec(block_with("mp.layer_policies("), scope)
     policies = scope["mp"].layer_policies(scope["model"], scope["variables"], scope["x"])
     assert [p.name for p in policies.values()] == ["int8_from_mixed_bfloat16", "float32"]
 

@@ -162,3 +162,22 @@ def test_the_products_inside_attention_are_quantized_by_choice():
     assert found == loss
     for name in products:
         assert grads.observed["scaling"][name].get_value() == observed[name]
+
+
+def test_quantized_products_inside_attention_keep_the_mask():
+    """Linen drops what the signature of an attention function does not name, the mask too."""
+    policy = mp.QuantizedDTypePolicy("int8", "float32", quantize_attention=True)
+    attention, causal = nn.MultiHeadDotProductAttention(2), nn.make_causal_mask(ROWS[..., 0])
+    variables = attention.init(KEY, ROWS)
+    masked = mp.wrap(attention, policy).apply(variables, ROWS, mask=causal)
+    exact = attention.apply(variables, ROWS, mask=causal)
+    without = attention.apply(variables, ROWS)
+    # Four products of operands that are off by 2^-8 of their largest entry each.
+    bound = 8 * 2**-8 * jnp.abs(exact).max()
+    assert jnp.abs(masked - exact).max() < bound < jnp.abs(masked - without).max()
+
+    other = nnx.MultiHeadAttention(2, ROWS.shape[-1], decode=False, rngs=nnx.Rngs(0))
+    params = nnx.state(other, nnx.Param)
+    nnx.replace_by_pure_dict(params, variables["params"])
+    nnx.update(other, params)
+    np.testing.assert_array_equal(mp.wrap(other, policy)(ROWS, mask=causal), masked)

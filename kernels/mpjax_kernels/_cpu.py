@@ -35,8 +35,6 @@ from ._storage import decode, expand_scale
 # bits of these dtypes and more to spare, but not the 24 of float32 for every entry of a row.
 _DIGIT_ROWS = {"bfloat16": 4, "float16": 16}
 _DEFAULT = (None, "default", jax.lax.Precision.DEFAULT)
-# From so many rows on XLA's dot of each group is faster, if the terms are stored first.
-_GROUPED_ROWS = 64
 
 
 def refusal(
@@ -58,11 +56,8 @@ def refusal(
     larger, last = (lhs, c.lhs_contract) if c.columns < c.rows else (rhs, c.rhs_contract)
     if not isinstance(larger, QTensor):
         return f"the larger operand is {describe(larger)}: XLA decodes the smaller one as fast"
-    if _is_grouped(lhs, rhs, c):
-        if len(last) > 1:
-            return "scales vary along several contracting axes: blocks are cut along one only"
-        if larger.ndim - 1 not in last and min(c.rows, c.columns) >= _GROUPED_ROWS:
-            return "groups that are not contiguous: XLA multiplies many rows by them as fast"
+    if _is_grouped(lhs, rhs, c) and len(last) > 1:
+        return "scales vary along several contracting axes: blocks are cut along one only"
     return None
 
 

@@ -23,16 +23,23 @@ from ._cpu_matrices import Matrices, rows_first
 _FEW_ROWS, _CUTS = 16, 8
 # Up to so many, one whose terms are not next to each other is best multiplied in blocks of terms.
 _BLOCKED_ROWS = 128
+# All that needs more than this many bytes: a smaller one stays in the cache, is as fast as it lies,
+# and to cut or copy it costs more than a tenth of its product.
+_SMALL = 2**20
 
 
 def integer_dot(few: Matrices, many: Matrices) -> Int32[Array, "batch rows columns"]:
     """The products of the values: sums in int32, which must not overflow."""
     narrow = many.values.dtype != jnp.int8  # int4 is widened block by block
-    crosswise = not many.terms_last and (few.free <= _BLOCKED_ROWS or many.batch > 1)
+    small = many.values.size <= _SMALL * many.batch
+    crosswise = not many.terms_last and (many.batch > 1 or few.free <= _BLOCKED_ROWS and not small)
     if narrow or crosswise:
         left = Matrices(few.values.astype(jnp.int8), few.terms_last)
         return blocked_dot(rows_first(left), many, jnp.int32)
     few = Matrices(few.values.astype(jnp.int8), few.terms_last)
+    if small and few.free <= _FEW_ROWS:
+        rows = rows_first(few)
+        return _dot(jnp.repeat(rows, 2, axis=1) if few.free == 1 else rows, many)[:, : few.free]
     if many.terms_last and few.free <= _FEW_ROWS:
         return _few_rows(rows_first(few), many.values)
     if many.terms_last and not few.terms_last:

@@ -80,6 +80,11 @@ class QTensor:
         return len(self.values.shape)
 
     @property
+    def stored_axes(self) -> tuple[int, ...]:
+        """The axes of the tensor in the order in which `values` has them."""
+        return stored_axes(self.layout, self.ndim)
+
+    @property
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)

@@ -21,6 +21,8 @@ import mpjax_kernels as mk
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, linen_attention
 from .._cast import in_dtypes_of
+from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
+from .._kv_cache import check_cache, refuse_own_attention
 from .._products import (
     PromoteAroundKernel,
     QuantizedConv,
@@ -31,6 +33,7 @@ from .._products import (
     observe_embedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from ._kv_cache import REMEDY, Decoding
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerStates
 
@@ -76,7 +79,7 @@ def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str
         return call(*args, **kwargs)
 
 
-register(nn.ConvLocal, nn.ConvTranspose, nn.PReLU)(default)
+register(nn.ConvLocal, nn.PReLU)(default)
 
 
 def product_fields(layer: Layer) -> dict[str, Any] | None:
@@ -121,6 +124,31 @@ def _conv(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, 
     if fields is None or author:
         return default(layer, call, args, kwargs)
     return _with_product(layer, call, args, kwargs, conv_general_dilated=QuantizedConv(**fields))
+
+
+@register(nn.ConvTranspose)
+def _conv_transpose(
+    layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Like `nn.Einsum` it has no door for another product."""
+    fields = product_fields(layer)
+    if fields is None or layer.method != "__call__" or not multiplies_plainly(layer.module):
+        return default(layer, call, args, kwargs)
+    return _quantized_conv_transpose(layer, QuantizedConvTranspose(**fields), *args, **kwargs)
+
+
+def _quantized_conv_transpose(layer: Layer, product: QuantizedConvTranspose, inputs: Any) -> Any:
+    module: Any = layer.module
+    window = (module.kernel_size,) if isinstance(module.kernel_size, int) else module.kernel_size
+    features = (inputs.shape[-1], module.features)
+    shape = (*window, *(features[::-1] if module.transpose_kernel else features))
+    param = layer.param(keeps=("kernel",))
+    kernel = param("kernel", module.kernel_init, shape, module.param_dtype)
+    bias = None
+    if module.use_bias:
+        bias = param("bias", module.bias_init, (module.features,), module.param_dtype)
+    promote = PromoteAroundKernel(layer.policy.compute_dtype, variadic=True)
+    return run_layer(product, module, *promote(inputs, kernel, bias))
 
 
 def _with_product(
@@ -190,11 +218,26 @@ def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[
     if not author and recipe is not None:
         scores, output = (QuantizedEinsum(**_fields(layer, recipe, f"{p}_")) for p in PRODUCTS)
         attention = {"attention_fn": QuantizedAttention(linen_attention, scores, output)}
-    elif not author and is_half(layer.policy):
+    elif not author and (is_half(layer.policy) or layer.policy.quantization_mode is not None):
         attention = {"attention_fn": linen_attention}
+    if module.decode and layer.method == "__call__":
+        attention |= _decoding(layer, author, attention.get("attention_fn", linen_attention))
     variable = layer.variable("params", "cache")
     with lent(module, param=layer.param(), variable=variable, **attention):
         return call(*args, **kwargs)
+
+
+def _decoding(layer: Layer, author: bool, attention: Any) -> dict[str, Any]:
+    """What a layer that decodes is lent for a cache in 8 bits; nothing for one of floats."""
+    module, name = layer.module, f"layer '{layer.full_path}'"
+    if layer.policy.kv_cache is None:
+        if module.has_variable("cache", "cached_key"):
+            cached = module.get_variable("cache", "cached_key")
+            check_cache(cached, layer.policy, name, REMEDY)
+        return {}
+    if author:
+        refuse_own_attention(name, layer.policy)
+    return {"decode": False, "attention_fn": Decoding(layer, attention)}
 
 
 @register(nn.RNN)

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 import mpjax_kernels as mk
 
@@ -57,6 +59,7 @@ class Layer:
         def param(name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.policy.variable_dtype != "float32":
                 init_fn = _initialized_in(self.policy.variable_dtype, init_fn)
+            init_fn = self._ordered_as_stored(name, init_fn)
             value = type(self.module).param(self.module, name, init_fn, *args, **kwargs)
             self._check_quantized(name, value)
             self._observe(name, value)
@@ -77,6 +80,14 @@ class Layer:
             return _CastVariable(own, self.policy.compute_dtype)
 
         return variable
+
+    def _ordered_as_stored(self, name: str, init_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Flax compares the shape that `init_fn` gives with that of the stored values."""
+        stored = meta.unbox(self.module.get_variable("params", name))
+        if not isinstance(stored, mk.QTensor) or stored.layout is None:
+            return init_fn
+        transpose = functools.partial(jnp.transpose, axes=stored.stored_axes)
+        return lambda *args, **kwargs: jax.tree.map(transpose, init_fn(*args, **kwargs))
 
     def _observe(self, name: str, value: Any) -> None:
         frame = active.value

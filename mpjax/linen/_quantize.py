@@ -6,12 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import errors
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
 import mpjax_kernels as mk
 
 from .._context import Observation, Product, observe
+from .._lazy_array import abstract, is_lazy, on_device
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
@@ -21,33 +23,72 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import quantize_weight
+from .._quantize import check_donated, check_finite, quantize_weight, release
 from .._stored import CannotStoreError, stored_of
+from ._partitioned import boxed_like
+from ._reached import check_reached
 from ._states import COLLECTION
 from ._wrap import policy_of
 
 
 def quantize(
-    model: nn.Module, variables: Any, *args: Any, **kwargs: Any
+    model: nn.Module, variables: Any, *args: Any, donate: bool = False, **kwargs: Any
 ) -> tuple[Any, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
     variables = _check_variables(variables, "mp.quantize(model, variables, x)")
-    observation = trace(model, variables, *args, **kwargs)
+    shapes = abstract(variables)
+    observation = trace(model, shapes, *args, **kwargs)
+    check_reached(model, variables["params"], observation)
+    if observation.products:  # all that shapes can tell, before any work
+        stored = jax.eval_shape(lambda shapes: _store(model, shapes, observation)[0], shapes)
+        _check_applies(model, stored, *args, **kwargs)
+    if donate:
+        _check_before_donation(variables, observation)
+    return _store(model, variables, observation, donate)
+
+
+def _store(
+    model: nn.Module, variables: Any, observation: Observation, donate: bool = False
+) -> tuple[Any, QuantizationReport]:
+    """The variables with stored weights, one made after the other, and the report."""
     params, rows = unfreeze(variables["params"]), {}
     for path, product in observation.products.items():
-        name = join(("params", path, product.name)) if path else join(("params", product.name))
-        rows[name] = _replace(params, path, product, observation.policies[path], name)
+        name = _name(path, product)
+        rows[name] = _replace(params, path, product, observation.policies[path], name, donate)
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_stored):
         name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
-        rank = observation.ranks.get(name.removeprefix("params/"), len(jnp.shape(leaf)))
+        rank = observation.ranks.get(name.removeprefix("params/"), len(np.shape(leaf)))
         is_weight = rank > 1 and not name.endswith("/bias")
         if is_weight and name not in rows and not _is_stored(leaf):
             rows[name] = _left(model, observation, name, leaf)
+    quantized = {
+        name: jax.tree.map(on_device, tree) if is_lazy(tree) else tree
+        for name, tree in {**variables, "params": params}.items()
+    }
     report = QuantizationReport(tuple(rows.values()))
-    quantized = {**variables, "params": params}
-    if report.quantized:
-        _check_applies(model, quantized, *args, **kwargs)
     return freeze(quantized) if isinstance(variables, FrozenDict) else quantized, report
+
+
+def _check_before_donation(variables: Any, observation: Observation) -> None:
+    """Raises for whatever would come up when some weights have been freed already."""
+    weights = {
+        _name(path, product): meta.unbox(_owner(variables["params"], path)[product.name])
+        for path, product in observation.products.items()
+    }
+    check_donated(weights, variables)
+    for name, weight in weights.items():
+        check_finite(weight, name)
+
+
+def _name(path: str, product: Product) -> str:
+    return join(("params", path, product.name)) if path else join(("params", product.name))
+
+
+def _owner(params: Any, path: str) -> Any:
+    """What a module has in a tree of parameters."""
+    for part in path.split("/") if path else ():
+        params = params[part]
+    return params
 
 
 def _left(model: nn.Module, observation: Observation, name: str, leaf: Any) -> QuantizedWeight:
@@ -121,12 +162,15 @@ def _trace(run: Callable[[], Any], model: nn.Module) -> None:
 
 
 def _replace(
-    params: dict[str, Any], path: str, product: Product, policy: DTypePolicy, name: str
+    params: dict[str, Any],
+    path: str,
+    product: Product,
+    policy: DTypePolicy,
+    name: str,
+    donate: bool,
 ) -> QuantizedWeight:
     """Stores one weight as its policy asks, in place; the row that says so, or why not."""
-    owner = params
-    for part in path.split("/") if path else ():
-        owner = owner[part]
+    owner = _owner(params, path)
     boxed = owner[product.name]
     weight = meta.unbox(boxed)
     stacked = weight.ndim - len(product.shape)
@@ -141,9 +185,11 @@ def _replace(
         quantized = quantize_weight(weight, stored, product, name)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
-    is_boxed = isinstance(boxed, meta.AxisMetadata)
-    owner[product.name] = boxed.replace_boxed(quantized) if is_boxed else quantized
-    return quantized_weight(name, weight, quantized)
+    owner[product.name] = boxed_like(boxed, quantized)
+    row = quantized_weight(name, weight, quantized)
+    if donate:
+        release(weight)
+    return row
 
 
 def _is_stored(x: Any) -> bool:

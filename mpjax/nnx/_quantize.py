@@ -1,6 +1,7 @@
 """`quantize` for NNX: a layer knows its own axes, so nothing is traced."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -9,6 +10,8 @@ import mpjax_kernels as mk
 
 from .._adapters import POLICY
 from .._context import Product
+from .._conv_transpose import QuantizedConvTranspose
+from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
 from .._products import QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
@@ -18,39 +21,77 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import quantize_weight
+from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
 from .._stored import CannotStoreError, Stored, stored_of
+from ._given import given_values, put_values
 from ._rules import NORMS
 from ._wrap import author_dtype
 
 
 def quantize(
-    model: nnx.Module, variables: Any = None, *args: Any, **kwargs: Any
+    model: nnx.Module, weights: Any = None, *args: Any, donate: bool = False, **kwargs: Any
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if variables is not None or args or kwargs:
+    if args or kwargs or not (weights is None or isinstance(weights, Mapping)):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
-            "nothing else"
+            "nothing else, or with nested dicts of the weights to give it"
         )
+    given = {} if weights is None else given_values(model, weights)
     rows: list[QuantizedWeight] = []
-    replaced: list[tuple[Any, mk.QTensor]] = []
+    plans: list[_Plan] = []
     for path, weight, layer in _weights(model):
-        value = weight.get_raw_value()
+        value = given.get(path, weight.get_raw_value())
         product, stored, reason = _product_of(layer, weight, path)
-        if product is None or stored is None:
-            rows.append(left_weight(path, value, reason, wanted=stored is not None))
-            continue
-        try:
-            quantized = quantize_weight(value, stored, product, path)
-        except CannotStoreError as error:
-            rows.append(left_weight(path, value, str(error), wanted=True))
-            continue
-        rows.append(quantized_weight(path, value, quantized))
-        replaced.append((weight, quantized))
-    for weight, quantized in replaced:  # after the last check: a NaN leaves the model as it was
-        weight.set_raw_value(quantized)
+        if product is not None and stored is not None:
+            plan = _Plan(path, weight, product, stored, len(rows))
+            reason = plan.refusal(value)
+            plans += [plan] if reason is None else []
+        rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
+    if not plans:
+        return model, QuantizationReport(tuple(rows))
+    _check_before_work(plans, given, nnx.as_pure(nnx.state(model)) if donate else None)
+    made: dict[str, mk.QTensor] = {}
+    for plan in plans:
+        value = given.pop(plan.path, plan.weight.get_raw_value())
+        quantized = quantize_weight(value, plan.stored, plan.product, plan.path)
+        rows[plan.row] = quantized_weight(plan.path, value, quantized)
+        if donate:
+            release(value)
+        if weights is None:
+            plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
+        else:
+            made[plan.path] = quantized  # a file that turns out damaged leaves it too
+    put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
     return model, QuantizationReport(tuple(rows))
+
+
+def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donated: Any) -> None:
+    """Raises for whatever would come up when some weights have been replaced already."""
+    weights = {plan.path: given.get(plan.path, plan.weight.get_raw_value()) for plan in plans}
+    if donated is not None:
+        check_donated(weights, (donated, given))
+    for path, weight in weights.items():
+        check_finite(weight, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A weight that is to be stored: its path, its variable, how, and its row in the report."""
+
+    path: str
+    weight: Any
+    product: Product
+    stored: Stored
+    row: int
+
+    def refusal(self, value: Any) -> str | None:
+        """Why it cannot be stored so, by its shape; None if it can."""
+        try:
+            check_storable(value, self.stored, self.product, self.path)
+        except CannotStoreError as error:
+            return str(error)
+        return None
 
 
 def _weights(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -79,6 +120,7 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
         return Product(name, weight.get_raw_value().shape[-2:], (1,)), stored, ""
     kinds = {"dot_general": QuantizedDotGeneral, "einsum_op": QuantizedEinsum}
     kinds["conv_general_dilated"] = QuantizedConv
+    kinds["conv_transpose"] = QuantizedConvTranspose
     kind = next((k for k in kinds if isinstance(getattr(layer, k, None), kinds[k])), None)
     if name != "kernel" or kind is None:
         return None, stored, "its layer multiplies it in no product that can be quantized"
@@ -87,8 +129,8 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
         return None, stored, axes
     ndim, contracting = axes
     shape = weight.get_raw_value().shape
-    product = Product(name, shape[len(shape) - ndim :], contracting, kind == "conv_general_dilated")
-    return product, stored, ""
+    is_conv = kind.startswith("conv")
+    return Product(name, shape[len(shape) - ndim :], contracting, is_conv), stored, ""
 
 
 def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
@@ -101,6 +143,10 @@ def _contracting(layer: Any) -> tuple[int, tuple[int, ...]] | str:
     if isinstance(layer, nnx.Conv):
         ndim = len(layer.kernel_size) + 2
         return ndim, tuple(range(ndim - 1))
+    if isinstance(layer, nnx.ConvTranspose):
+        ndim = len(layer.kernel_size) + 2
+        output = ndim - 2 if layer.transpose_kernel else ndim - 1
+        return ndim, tuple(axis for axis in range(ndim) if axis != output)
     if layer.einsum_str is None:
         return "its equation is given at each call: build the layer with einsum_str="
     operand, _, output = layer.einsum_str.replace(" ", "").partition("->")

@@ -21,6 +21,7 @@ import mpjax_kernels as mk
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, nnx_attention
 from .._cast import cast_array
+from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
 from .._policy import DTypePolicy
 from .._products import (
     PromoteAroundKernel,
@@ -31,6 +32,7 @@ from .._products import (
     StoredEmbedding,
 )
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from ._kv_cache import Call, InitCache
 from ._states import OfLayer
 
 Attributes = Callable[[Any, DTypePolicy], dict[str, Any]]
@@ -119,13 +121,6 @@ class _EmbedMethod:
         return self.stored.attend(table, x, **kwargs)
 
 
-@register(nnx.ConvTranspose)
-def follows(layer: nnx.Module, policy: DTypePolicy) -> dict[str, Any]:
-    """The rule of layers that compute in the dtype of their operands: nothing need be lent."""
-    del layer, policy
-    return {}
-
-
 def product_of(kind: Any, policy: DTypePolicy) -> Any:
     """The quantized product of a policy's layers, of one of the classes in `_products`, or None."""
     recipe = recipe_of(policy)
@@ -169,6 +164,21 @@ def _conv(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     return _with_product("conv_general_dilated", product, policy)
 
 
+@register(nnx.ConvTranspose)
+def _conv_transpose(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
+    """It has no door for another product, so the product is lent a name of its own."""
+    own = type(layer).__call__ is nnx.ConvTranspose.__call__ and multiplies_plainly(layer)
+    product = product_of(QuantizedConvTranspose, policy) if own else None
+    lent = _with_product("conv_transpose", product, policy)
+    return lent | {"__call__": _call_conv_transpose} if lent else {}
+
+
+def _call_conv_transpose(layer: Any, inputs: Any) -> Any:
+    bias = None if layer.bias is None else layer.bias[...]
+    arrays = layer.promote_dtype((inputs, layer.kernel[...], bias))
+    return run_layer(layer.conv_transpose, layer, *arrays)
+
+
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 
 
@@ -190,12 +200,16 @@ def promote_input(arrays: tuple[Any, ...], *, dtype: Any = None, **_: Any) -> tu
 def _attention(layer: Any, policy: DTypePolicy) -> dict[str, Any]:
     """The projections are layers of their own; this one sees to the rest, and the softmax."""
     recipe = attention_recipe_of(policy)
-    if layer.attention_fn is not nnx.dot_product_attention:
-        return {}
-    if recipe is not None:
+    is_flax = layer.attention_fn is nnx.dot_product_attention
+    lent: dict[str, Any] = {"__call__": Call(type(layer), policy, is_flax)}
+    if policy.kv_cache is not None:
+        lent["init_cache"] = InitCache(policy)
+    if is_flax and recipe is not None:
         scores, output = (_product(QuantizedEinsum, policy, recipe, f"{p}_") for p in PRODUCTS)
-        return {"attention_fn": QuantizedAttention(nnx_attention, scores, output)}
-    return {"attention_fn": nnx_attention} if is_half(policy) else {}
+        lent["attention_fn"] = QuantizedAttention(nnx_attention, scores, output)
+    elif is_flax and (is_half(policy) or policy.quantization_mode is not None):
+        lent["attention_fn"] = nnx_attention
+    return lent
 
 
 @register(nnx.RNNCellBase)

@@ -124,7 +124,7 @@ def _own_modules(module: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
 
 
 def _check_quantized(module: nnx.Module, policy: DTypePolicy, path: str) -> None:
-    for variable in own_variables(module):
+    for variable in _parameters(module):
         value = variable.get_raw_value()
         if isinstance(value, mk.QTensor) and policy.quantization_mode is None:
             raise ValueError(
