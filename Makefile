@@ -66,7 +66,7 @@ bench: .venv/bench.stamp
 	done
 
 # `touch` comes last, so an installation that was interrupted is done again.
-.venv/%.stamp: pyproject.toml
+.venv/%.stamp: pyproject.toml hatch_build.py $(wildcard kernels/mpjax_kernels/native/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mpjax needs Python 3.11 \
 	or newer, but $(PYTHON) is %d.%d: choose another with PYTHON=" % sys.version_info[:2])'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv

@@ -30,7 +30,7 @@ from ._stored import Stored, runs
 Operand = jax.Array | mk.QTensor | PreScaledWeight
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
-_IN_8_BITS = ("cpu", "gpu", "xla")
+_IN_8_BITS = ("native", "cpu", "gpu", "xla")
 _CONV_IN_8_BITS = ("cpu", "xla")
 
 

@@ -12,8 +12,12 @@ from mpjax_kernels._dot_general import IMPLEMENTATIONS
 U = 2.0**-24  # float32 rounds with a relative error of at most U
 
 
-# The implementations of dot_general that run on a CPU.
-HERE = [name for name, i in IMPLEMENTATIONS.items() if not i.platforms or "cpu" in i.platforms]
+# The implementations of dot_general that run on a CPU and take any format; "native" is for float8.
+HERE = [
+    name
+    for name, i in IMPLEMENTATIONS.items()
+    if not i.is_native and (not i.platforms or "cpu" in i.platforms)
+]
 
 
 def normal(*shape: int) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _cpu, _gpu, _reference, _tpu, _xla
+from . import _cpu, _gpu, _native, _reference, _tpu, _xla
 from ._arguments import as_operand, refuse_integer_result, result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import linear_in_array, without_derivative
@@ -21,6 +21,7 @@ from ._storage import as_stored
 # In the order they are tried when none is named. The last one takes everything. XLA comes before
 # the TPU kernel, which nobody has timed against it: that one has to be named.
 IMPLEMENTATIONS = {
+    "native": Implementation(_native.refusal, _native.dot_general, ("cpu",), is_native=True),
     "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
     "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),

@@ -12,10 +12,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array
 
+from ._native_or import native_or
 from ._qtensor import QTensor, describe
 from ._varying import vary_like
 
 Operand = Array | QTensor
+
+_NOT_NATIVE = (
+    "'native': the program is for several devices, for another platform or for export, and cannot "
+    "hold a native call"
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,13 @@ class Implementation:
         run: Computes the operation from its operands, arrays and QTensors without a layout, and
             static arguments.
         platforms: Where it runs, by the names of `jax.lax.platform_dependent`; empty: everywhere.
+        is_native: Whether it calls native CPU kernels, where a program may have such calls.
     """
 
     refusal: Callable[..., str | None]
     run: Callable[..., Array]
     platforms: tuple[str, ...] = ()
+    is_native: bool = False
 
 
 def choose(
@@ -71,11 +79,14 @@ def choose(
     names = check_names(table, implementation)
     branches: dict[str, _Run] = {}
     reasons, everywhere = [], None
-    for name in names:
+    for i, name in enumerate(names):
         reason = table[name].refusal(*operands, *static)
         run = _Run(table[name].run, static)
         if reason is not None:
             reasons.append(f"{name!r}: {reason}")
+        elif table[name].is_native:
+            rest = {other: table[other] for other in names[i + 1 :]}
+            return _native(run, _Rest(tuple(rest.items()), static), operands)
         elif table[name].platforms:
             branches = {place: run for place in table[name].platforms} | branches
         else:
@@ -90,6 +101,37 @@ def choose(
     if everywhere is None:
         raise NotImplementedError(_no_implementation(describe_all(operands), reasons))
     return everywhere(*operands)
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The choice among the implementations that come after a native one."""
+
+    table: tuple[tuple[str, Implementation], ...]
+    static: tuple
+
+    def __call__(self, *operands: Operand) -> Array:
+        if not self.table:
+            raise NotImplementedError(_no_implementation(describe_all(operands), [_NOT_NATIVE]))
+        return choose(dict(self.table), None, operands, *self.static)
+
+
+@dataclass(frozen=True)
+class _OfLeaves:
+    """A function of operands as one of their leaves, with a tuple for its result."""
+
+    function: _Run | _Rest
+    tree: Any
+
+    def __call__(self, *leaves: Array) -> tuple[Array]:
+        return (self.function(*jax.tree.unflatten(self.tree, leaves)),)
+
+
+def _native(run: _Run, rest: _Rest, operands: tuple[Operand, ...]) -> Array:
+    """A native kernel where the program may have it, and otherwise the choice among the rest."""
+    leaves, tree = jax.tree.flatten(operands)
+    result = jax.eval_shape(run, *operands)
+    return native_or(_OfLeaves(run, tree), _OfLeaves(rest, tree), [result], *leaves)[0]
 
 
 def _now(

@@ -52,18 +52,20 @@ def quantize_operand(
         known, format = known_scale(scale, x.shape), get_format(how.format)
         q, amax = quantize_by(x, format, known, key, over=over_shared)
         return q, amax.reshape(jnp.shape(scale))
-    q = _quantize_current(x, how, axes, key)
+    if how.granularity == "tensor":
+        unknown = jnp.zeros((1,) * x.ndim, jnp.float32)
+        return quantize_by(x, get_format(how.format), unknown, key)
+    q = _quantize_in_parts(x, how, axes, key)
     q = replace(q, scale=once(q.scale))
     return q, _amax(x, q.scale.shape)
 
 
-def _quantize_current(
+def _quantize_in_parts(
     x: Float[Array, "*shape"], how: OperandFormat, axes: Axes, key: Array | None
 ) -> QTensor:
-    if how.granularity == "tensor":
-        return quantize(x, how.format, key=key)
     if how.granularity == "channel":
         return quantize(x, how.format, axis=axes.contract, key=key)
+    assert not isinstance(how.granularity, str)
     sizes = zip((axes.free[-1:], axes.contract[-1:]), how.granularity, strict=True)
     blocks = {a: size for axis, size in sizes for a in axis if size > 1}
     groups = tuple(blocks.values()) if blocks else None

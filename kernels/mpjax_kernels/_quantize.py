@@ -1,14 +1,16 @@
 """From an array to a QTensor and back: amax, scale, round, saturate."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
-from . import _float8_bits
+from . import _float8_bits, _native_quantize
 from ._cpu_memory import once
 from ._derivative import without_derivative
 from ._formats import Format, FormatLike, get_format
@@ -111,6 +113,9 @@ def quantize(
         )
     if scale is None:
         blocks = granularity(array.shape, axis, group_size)
+        if symmetric and _native_quantize.takes(array, blocks.scales, target, key):
+            unknown = jnp.zeros(blocks.scales, jnp.float32)
+            return quantize_by(array, target, unknown)[0]
         compute = _quantize if symmetric else _quantize_asymmetric
         compute = partial(compute, target=target, blocks=blocks)
         parts = without_derivative(compute, _NO_DERIVATIVE)(array, key)
@@ -130,14 +135,17 @@ def quantize_by(
     format: Format,
     scale: Float[Array, "*scales"],
     key: Array | None = None,
-    over: Callable[[Array, Array], Array] = lambda amax, scale: amax,
+    over: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[QTensor, Float[Array, "*scales"]]:
     """Quantizes by a scale from `known_scale`, of which an entry of 0 is not known yet.
 
-    `over(amax, scale)` makes of the amaxes of `x` those of all that shares the scale. Returns the
-    amaxes of `x` too.
+    `over(amax, scale)` makes of the amaxes of `x` those of all that shares the scale; None: only
+    `x` does. Returns the amaxes of `x` too.
     """
     compute = partial(_quantize_by, target=format, over=over)
+    is_alone = over is None or not jax.sharding.get_abstract_mesh().manual_axes
+    if is_alone and _native_quantize.takes(x, scale.shape, format, key):
+        compute = partial(_native_or_quantize_by, target=format, over=over)
     values, found, amax = without_derivative(compute, _NO_DERIVATIVE)(x, scale, key)
     return QTensor(values, found, np.dtype(x.dtype)), amax
 
@@ -199,18 +207,43 @@ def _quantize_by(
     scale: Float[Array, "*scales"],
     key: Array | None,
     target: Format,
-    over: Callable[[Array, Array], Array],
-) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"], Float[Array, "*scales"]]:
+    over: Callable[[Array, Array], Array] | None,
+) -> _native_quantize.Parts:
     blocks = granularity_of(x.shape, scale.shape)
     split = x.astype(jnp.float32).reshape(blocks.split)
     amax = largest(split, blocks.reduced).reshape(scale.shape)
-    shared = over(amax, scale)
+    shared = amax if over is None else over(amax, scale)
     known = jnp.where(scale == 0, _finite_scale(shared, target), jnp.maximum(scale, _FLOAT32.tiny))
     known = once(jnp.where((scale >= 0) & jnp.isfinite(shared), known, jnp.nan))
     kept = known.reshape([1 if a in blocks.reduced else n for a, n in enumerate(blocks.split)])
     ratio = jnp.where(jnp.isfinite(kept), split / kept, 0.0)
     values = round_to(ratio, target, key, cast=_float8_bits.cast)
     return values.reshape(x.shape), known, amax
+
+
+@dataclass(frozen=True)
+class _QuantizeBy:
+    """`_quantize_by` without a key: hashable."""
+
+    target: Format
+    over: Callable[[Array, Array], Array] | None
+
+    def __call__(
+        self, x: Float[Array, "*shape"], scale: Float[Array, "*scales"]
+    ) -> _native_quantize.Parts:
+        return _quantize_by(x, scale, None, self.target, self.over)
+
+
+def _native_or_quantize_by(
+    x: Float[Array, "*shape"],
+    scale: Float[Array, "*scales"],
+    key: None,
+    target: Format,
+    over: Callable[[Array, Array], Array] | None,
+) -> _native_quantize.Parts:
+    del key
+    otherwise = _QuantizeBy(target, over)
+    return _native_quantize.quantize_or(otherwise, x, scale, target, is_shared=over is not None)
 
 
 def _quantize_asymmetric(

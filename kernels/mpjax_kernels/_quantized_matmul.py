@@ -98,6 +98,11 @@ def _quantize_then(
 
 
 IMPLEMENTATIONS = {
-    name: Implementation(partial(_refusal, name), partial(_quantize_then, name), product.platforms)
+    name: Implementation(
+        partial(_refusal, name),
+        partial(_quantize_then, name),
+        product.platforms,
+        product.is_native,
+    )
     for name, product in PRODUCTS.items()
 } | {"tpu": Implementation(_tpu.fused_refusal, _tpu.fused, ("tpu",))}

@@ -1,0 +1,117 @@
+"""Compiles the native CPU kernels into the wheel, where there is a C++17 compiler.
+
+Without one, or with `MPJAX_NATIVE=0` in the environment, the package is pure Python, and XLA
+computes everything. An error of the compiler is a warning, unless `MPJAX_NATIVE=1` asks for the
+kernels.
+`CXX` names another compiler than the first of c++, g++ and clang++.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+PACKAGE = Path("kernels", "mpjax_kernels")
+LIBRARY = "libmpjax_native.so"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+# Float arithmetic as it is written, so that every machine and every loop rounds alike.
+FLAGS += ("-ffp-contract=off", "-fno-math-errno")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512bf16")
+# A library that was built against an older version of XLA's FFI is loaded by newer ones, and not
+# the other way round.
+HEADERS = ("jaxlib>=0.10,<0.11; python_version < '3.15'", "jaxlib>=0.10")
+
+
+class NativeKernels(BuildHookInterface):
+    """The hook that hatchling calls before it builds a wheel."""
+
+    def dependencies(self) -> list[str]:
+        """What the build needs: the headers of XLA's FFI, if something will be compiled."""
+        return list(HEADERS) if _compiler() else []
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compiles, and adds the library to the wheel, or to the checkout if it is editable."""
+        root = Path(self.root)
+        beside = root / PACKAGE / LIBRARY
+        if version == "editable":
+            beside.unlink(missing_ok=True)
+        compiler = _compiler()
+        if compiler is None:
+            return
+        folder = Path(tempfile.mkdtemp(prefix="mpjax-native-"))
+        try:
+            build(compiler, root / PACKAGE / "native", folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("MPJAX_NATIVE") == "1":
+                raise
+            output = getattr(error, "stderr", None) or ""
+            self.app.display_warning(f"no native kernels, the package works without: {error}")
+            self.app.display_warning(output[-2000:])
+            return
+        if version == "editable":
+            shutil.move(folder / LIBRARY, beside)
+        else:
+            build_data["force_include"][str(folder / LIBRARY)] = f"{PACKAGE.name}/{LIBRARY}"
+        build_data["pure_python"] = False
+        # Of no version of Python: it is loaded by ctypes.
+        where = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{where}"
+
+
+def build(compiler: str, sources: Path, folder: Path) -> None:
+    """Compiles all `*.cc` of a folder, in parallel, and links the library into another.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: If the compiler cannot be run, or fails.
+    """
+    headers = importlib.util.find_spec("jaxlib")
+    if headers is None or headers.origin is None:
+        raise FileNotFoundError("jaxlib, whose headers the native kernels include, is not there")
+    include = Path(headers.origin).parent / "include"
+    avx512 = AVX512 if _takes(compiler, AVX512, folder) else ()
+    defined = ("-DMPJAX_HAS_AVX512_BF16",) if avx512 else ()
+
+    def compile_one(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        special = avx512 if source.stem.endswith("avx512") else ()
+        options = (*FLAGS, *defined, *special, "-isystem", str(include))
+        _run(compiler, *options, "-c", str(source), "-o", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sorted(sources.glob("*.cc"))))
+    # On Linux the standard library is part of it, so that it runs where that is older.
+    link = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
+    link = link if sys.platform == "linux" else ()
+    _run(compiler, "-shared", *objects, *link, "-o", str(folder / LIBRARY))
+
+
+def _compiler() -> str | None:
+    """The compiler, if native kernels are wanted and there is one."""
+    if os.environ.get("MPJAX_NATIVE") == "0" or os.name != "posix":
+        return None
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next(filter(None, (shutil.which(name) for name in names if name)), None)
+
+
+def _takes(compiler: str, flags: tuple[str, ...], folder: Path) -> bool:
+    """Whether this is an x86 CPU, and the compiler knows these instructions of it."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    source = folder / "empty.cc"
+    source.write_text("")
+    command = [compiler, *flags, "-c", str(source), "-o", str(folder / "empty.obj")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, check=True, text=True)

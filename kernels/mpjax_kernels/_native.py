@@ -1,0 +1,77 @@
+"""Products of two float8 tensors by native CPU kernels: `native/dot.cc`, called through XLA's FFI.
+
+One call decodes both operands in registers, whichever of their axes is stored last, multiplies them
+in bfloat16, which holds every float8 exactly, sums in float32, applies the scales and casts.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.export import is_symbolic_dim
+from jax.sharding import AxisType
+from jaxtyping import Array, Float, Shaped
+
+from ._contraction import Contraction
+from ._cpu_matrices import Matrices, matrices
+from ._groups import is_grouped
+from ._native_library import native_refusal
+from ._native_or import is_partly_manual
+from ._qtensor import QTensor, describe
+
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+def refusal(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, *_: Any
+) -> str | None:
+    """Why the native kernels do not multiply these; None if they do."""
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if not isinstance(operand, QTensor) or operand.format.name not in FORMATS:
+            return f"`{name}` is {describe(operand)}: both must be QTensors of {FORMATS}"
+    c = contraction
+    if is_grouped(lhs, c.lhs_contract) or is_grouped(rhs, c.rhs_contract):
+        return "a scale varies along a contracting axis"
+    return native_refusal() or surroundings_refusal(*c.lhs_shape, *c.rhs_shape)
+
+
+def surroundings_refusal(*sizes: Any) -> str | None:
+    """Says that the program around cannot hold a native call."""
+    if any(map(is_symbolic_dim, sizes)):
+        return "a size is symbolic"
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return "the mesh has explicit axes: XLA's own product has rules for how they are sharded"
+    if is_partly_manual():
+        return "some axes of the mesh are not manual: XLA cannot partition a native call"
+    return None
+
+
+def dot_general(
+    lhs: QTensor,
+    rhs: QTensor,
+    contraction: Contraction,
+    precision: jax.lax.PrecisionLike,
+    dtype: np.dtype,
+) -> Float[Array, "*out"]:
+    """The product, as `_xla.dot_general` defines it up to the order of float32 sums.
+
+    Products are exact whatever `precision` says.
+    """
+    del precision
+    left, right, _ = matrices(lhs, rhs, contraction, swapped=False)
+    out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+    result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)
+    call = jax.ffi.ffi_call("mpjax_float8_dot", result, vmap_method="expand_dims")
+    product = partial(call, lhs_terms_last=left.terms_last, rhs_terms_last=right.terms_last)
+    product = product(left.values, right.values, _scales(lhs, left), _scales(rhs, right))
+    return product.reshape(contraction.result_shape).astype(dtype)
+
+
+def _scales(operand: QTensor, stacked: Matrices) -> Shaped[Array, "batch lanes"]:
+    """The scale of each matrix and lane, or the one of them all."""
+    if operand.scale.size == 1:
+        return operand.scale.reshape(1, 1)
+    assert stacked.scale is not None
+    return stacked.scale.reshape(stacked.batch, stacked.free)

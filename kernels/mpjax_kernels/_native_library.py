@@ -1,0 +1,58 @@
+"""The library of native CPU kernels (`native/*.cc`), if the package was built with one.
+
+It is loaded when this package is imported, and nothing is compiled then. Two variables of the
+environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA=portable`
+uses plain C++ on every CPU, to test that.
+"""
+
+import ctypes
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+
+_PATH = Path(__file__).parent / "libmpjax_native.so"
+_TARGETS = ("mpjax_float8_dot", "mpjax_float8_quantize")
+
+
+@cache
+def native_refusal() -> str | None:
+    """Why there are no native kernels here; None if there are, with XLA knowing their names."""
+    if os.environ.get("MPJAX_NATIVE") == "0":
+        return "the environment has MPJAX_NATIVE=0"
+    if not _PATH.exists():
+        return (
+            f"{_PATH.name} is not there: mpjax was built without a C++17 compiler; with one (g++ "
+            "or clang++), install it again from source"
+        )
+    try:
+        library = ctypes.CDLL(str(_PATH))
+    except OSError as error:
+        return f"{_PATH.name} cannot be loaded: {error}"
+    built = library.mpjax_native_ffi_major(), library.mpjax_native_ffi_minor()
+    here = _ffi_version()
+    if built[0] != here[0] or built[1] > here[1]:
+        return (
+            f"{_PATH.name} was built against version {built} of XLA's FFI, newer than {here}, that "
+            "of this jaxlib: install mpjax again from source"
+        )
+    library.mpjax_native_isa.restype = ctypes.c_char_p
+    isa = library.mpjax_native_isa().decode()
+    if isa == "portable" and os.environ.get("MPJAX_NATIVE_ISA") != "portable":
+        return "this CPU has no AVX512-BF16 and AVX512-VBMI: XLA's own product is faster"
+    for target in _TARGETS:
+        function = jax.ffi.pycapsule(getattr(library, target))
+        jax.ffi.register_ffi_target(target, function, platform="cpu")
+    return None
+
+
+def _ffi_version() -> tuple[int, int]:
+    """The version of the FFI of this jaxlib, which only its headers tell.
+
+    A library that is too new must not be registered: the CPU backend would not start.
+    """
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(found["MAJOR"]), int(found["MINOR"])

@@ -1,0 +1,113 @@
+"""A choice that is made when a program is lowered: a native CPU kernel, or what XLA can compute.
+
+Only then is it known what the program is for. XLA cannot partition a call of ours, so a program
+for several devices has none (but inside of `jax.shard_map`, where every device runs its own); an
+exported one has none, because it would not run elsewhere; and other platforms never have one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array
+
+from ._varying import vary_like
+
+
+def native_or(
+    native: Callable[..., tuple[Array, ...]],
+    otherwise: Callable[..., tuple[Array, ...]],
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: Array,
+    all_mapped: bool = False,
+) -> tuple[Array, ...]:
+    """`native(*operands)` where it can run, else `otherwise(*operands)`.
+
+    Args:
+        native: Computes arrays by calls of native kernels; hashable.
+        otherwise: Computes the same without; hashable.
+        results: The shapes and dtypes of what both return.
+        *operands: Arrays.
+        all_mapped: Whether `jax.vmap` takes `otherwise` unless it maps all operands.
+    """
+    shapes = tuple((tuple(r.shape), jax.numpy.dtype(r.dtype)) for r in results)
+    options = {"native": native, "otherwise": otherwise, "results": shapes}
+    out = _native_or_p.bind(*operands, **options, all_mapped=all_mapped)
+    return tuple(vary_like(each, operands) for each in out)
+
+
+def is_partly_manual() -> bool:
+    """Whether this is traced in a `shard_map` over some axes of the mesh and not over others."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and 0 < len(mesh.manual_axes) < len(mesh.axis_names)
+
+
+_native_or_p = Primitive("mpjax_kernels_native_or")
+_native_or_p.multiple_results = True
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A function under `jax.vmap`, whose results are all mapped."""
+
+    function: Callable[..., tuple[Array, ...]]
+    axes: tuple[int | None, ...]
+
+    def __call__(self, *operands: Array) -> tuple[Array, ...]:
+        return jax.vmap(self.function, self.axes)(*operands)
+
+
+@cache
+def _compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(partial(_native_or_p.bind, **dict(params)))
+
+
+@_native_or_p.def_impl
+def _run(*operands: Array, **params: Any):
+    return _compiled(tuple(params.items()))(*operands)
+
+
+@_native_or_p.def_abstract_eval
+def _shapes(*_: Any, results: tuple, **__: Any):
+    return [ShapedArray(shape, dtype) for shape, dtype in results]
+
+
+def _batch(operands, axes, *, native, otherwise, results, all_mapped):
+    axes = tuple(a if isinstance(a, int) else None for a in axes)
+    if all_mapped and None in axes:
+        return jax.vmap(otherwise, axes)(*operands), (0,) * len(results)
+    size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    mapped = tuple(((size, *shape), dtype) for shape, dtype in results)
+    functions = {"native": _Mapped(native, axes), "otherwise": _Mapped(otherwise, axes)}
+    out = _native_or_p.bind(*operands, **functions, results=mapped, all_mapped=all_mapped)
+    return out, (0,) * len(results)
+
+
+batching.primitive_batchers[_native_or_p] = _batch
+
+
+def _lower(ctx: Any, *operands: Any, native: Any, otherwise: Any, **_: Any):
+    function = native if _runs_here(ctx) else otherwise
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+
+
+def _runs_here(ctx: Any) -> bool:
+    """Whether what is lowered is for one CPU, or for one at a time, of this process."""
+    module = ctx.module_context
+    if (
+        tuple(ctx.platforms or module.platforms) != ("cpu",)
+        or module.lowering_parameters.for_export
+    ):
+        return False
+    mesh = getattr(module.axis_context, "mesh", None)
+    if mesh is None:  # a program under `jax.jit`, outside of `jax.shard_map`
+        return getattr(module.axis_context, "num_devices", None) == 1
+    return mesh.size == 1 or set(mesh.axis_names) == set(module.axis_context.manual_axes)
+
+
+mlir.register_lowering(_native_or_p, _lower)

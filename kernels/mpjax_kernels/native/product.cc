@@ -1,0 +1,201 @@
+// A product of two float8 matrices, block by block:
+//
+//   out[i, j] = (sum over terms of left[i, t] * right[j, t]) * left.scale[i] * right.scale[j]
+//
+// Operands are decoded as they are packed into panels (`dot.h`), in the order in which they are
+// multiplied, so none is ever transposed or decoded anywhere else. Blocks of panels are bounded, so
+// that they stay in the second-level cache or not far from it; a tile of sums stays in the first.
+
+#include "product.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "scratch.h"
+
+namespace mpjax {
+namespace {
+
+constexpr int64_t kTileRows = 64, kTileColumns = kColumnPanels * kColumns;
+constexpr int64_t kPairs = 256;  // pairs of terms that are multiplied at a time
+constexpr int64_t kBlockNumbers = int64_t{1} << 20;  // of packed numbers of an operand: 2 MiB
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
+constexpr int64_t kFewRows = 32;  // with fewer, a panel is multiplied as soon as it is packed
+
+constexpr int kSpins = 4000;
+
+constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Blocks {
+ public:
+  Blocks(const DotKernels& kernels, const Product& product, bool is_swapped)
+      : kernels_(kernels),
+        p_(product),
+        pairs_(DivideUp(product.terms, kTermsPerStep) * 2),
+        is_swapped_(is_swapped) {}
+
+  bool Run(Loop& loop) {
+    // So many lanes of either operand, whole tiles of them, fit into a block.
+    const int64_t most = kBlockNumbers / std::max<int64_t>(1, 2 * pairs_);
+    const int64_t rows = Whole(most, kTileRows, p_.left.lanes);
+    const int64_t columns = Whole(most, kTileColumns, p_.right.lanes);
+    const bool at_once = p_.left.lanes > kFewRows;
+    Scratch left(static_cast<size_t>(rows * 2 * pairs_));
+    Scratch right(static_cast<size_t>(at_once ? columns * 2 * pairs_ : 1));
+    if (left.data() == nullptr || right.data() == nullptr) return false;
+    left_ = left.data();
+    right_ = right.data();
+    for (int64_t row = 0; row < p_.left.lanes; row += rows) {
+      first_row_ = row;
+      rows_ = std::min(rows, p_.left.lanes - row);
+      for (int64_t column = 0; column < p_.right.lanes; column += columns) {
+        first_column_ = column;
+        columns_ = std::min(columns, p_.right.lanes - column);
+        // What is packed already stays: the rows, and columns that are one block.
+        const int64_t row_panels = column == 0 ? DivideUp(rows_, 2 * kRows) : 0;
+        const bool packed = row > 0 && columns_ == p_.right.lanes;
+        const int64_t column_panels = at_once && !packed ? DivideUp(columns_, kColumns) : 0;
+        PackAndMultiply(loop, row_panels, column_panels, at_once);
+      }
+    }
+    return true;
+  }
+
+ private:
+  static int64_t Whole(int64_t most, int64_t tile, int64_t lanes) {
+    return std::min(std::max<int64_t>(1, most / tile), DivideUp(lanes, tile)) * tile;
+  }
+
+  // One loop over panels to pack and tiles to multiply. They are claimed in their order, so who has
+  // a tile waits for panels that others are packing, never for one that nobody has begun.
+  void PackAndMultiply(Loop& loop, int64_t row_panels, int64_t column_panels, bool at_once) {
+    const int64_t panels = row_panels + column_panels;
+    const int64_t row_tiles = at_once ? DivideUp(rows_, kTileRows) : 1;
+    std::atomic<int64_t> packed{0};
+    auto body = [&](int64_t i) {
+      if (i < panels) {
+        i < row_panels ? PackRows(i) : PackColumns(i - row_panels);
+        packed.fetch_add(1, std::memory_order_release);
+        return;
+      }
+      for (int spins = 0; packed.load(std::memory_order_acquire) < panels; ++spins) {
+        if (spins > kSpins) std::this_thread::yield();
+      }
+      const int64_t row = (i - panels) % row_tiles * kTileRows;
+      const int64_t column = (i - panels) / row_tiles * kTileColumns;
+      at_once ? MultiplyPacked(row, column) : PackAndMultiplyColumns(column);
+    };
+    loop(panels + row_tiles * DivideUp(columns_, kTileColumns), body);
+  }
+
+  void PackRows(int64_t panel) {
+    const int64_t row = panel * 2 * kRows;
+    uint16_t* to = left_ + row * 2 * pairs_;
+    PackLanes(p_.left, first_row_ + row, 2 * kRows, p_.terms, 0, to, to + kRows * 2 * pairs_);
+  }
+
+  void PackColumns(int64_t panel) {
+    const int64_t column = panel * kColumns;
+    uint16_t* to = right_ + column * 2 * pairs_;
+    PackLanes(p_.right, first_column_ + column, kColumns, p_.terms, 0, to, nullptr);
+  }
+
+  // `width` lanes from `lane` on, of which some may not exist, and terms from `term` on.
+  void PackLanes(const Matrix& matrix, int64_t lane, int64_t width, int64_t terms, int64_t term,
+                 uint16_t* first, uint16_t* second) {
+    const int64_t lanes = std::min(width, matrix.lanes - lane);
+    const uint8_t* data = matrix.data + lane * matrix.lane_stride + term * matrix.term_stride;
+    const Source source = {data, matrix.lane_stride, matrix.term_stride};
+    kernels_.pack(*matrix.table, source, static_cast<int>(lanes), terms, first, second);
+  }
+
+  // A tile of packed rows and columns; neighbouring ones share their columns.
+  void MultiplyPacked(int64_t row, int64_t column) {
+    alignas(64) float sums[kTileRows * kTileColumns];
+    const uint16_t* panels = right_ + column * 2 * pairs_;
+    const int64_t rows = std::min(kTileRows, rows_ - row);
+    const int64_t width = std::min(kTileColumns, columns_ - column);
+    for (int64_t pair = 0; pair == 0 || pair < pairs_; pair += kPairs) {
+      const int64_t here = std::min(kPairs, pairs_ - pair);
+      MultiplyTile(row, rows, width, pair, here, panels + pair * 2 * kColumns,
+                   kColumns * 2 * pairs_, sums);
+    }
+    Write(sums, row, rows, first_column_ + column, width);
+  }
+
+  // All rows, which are few, by one tile of columns, packed in the first-level cache.
+  void PackAndMultiplyColumns(int64_t column) {
+    alignas(64) float sums[kFewRows * kTileColumns];
+    alignas(64) uint16_t panels[kTileColumns * 2 * kPairs];
+    const int64_t first = first_column_ + column;
+    const int64_t width = std::min(kTileColumns, columns_ - column);
+    for (int64_t pair = 0; pair == 0 || pair < pairs_; pair += kPairs) {
+      const int64_t here = std::min(kPairs, pairs_ - pair);
+      const int64_t terms = std::min(2 * here, p_.terms - 2 * pair);
+      for (int64_t panel = 0; panel * kColumns < width; ++panel) {
+        PackLanes(p_.right, first + panel * kColumns, kColumns, terms, 2 * pair,
+                  panels + panel * kColumns * 2 * kPairs, nullptr);
+      }
+      MultiplyTile(0, rows_, width, pair, here, panels, kColumns * 2 * kPairs, sums);
+    }
+    Write(sums, 0, rows_, first, width);
+  }
+
+  void MultiplyTile(int64_t row, int64_t rows, int64_t width, int64_t pair, int64_t pairs,
+                    const uint16_t* right, int64_t panel_stride, float* sums) {
+    const int panels = static_cast<int>(DivideUp(width, kColumns));
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const uint16_t* left = left_ + (row + i) * 2 * pairs_ + pair * 2 * kRows;
+      kernels_.multiply(left, right, panel_stride, panels, pairs, pair > 0,
+                        sums + i * kTileColumns);
+    }
+  }
+
+  void Write(const float* sums, int64_t row, int64_t rows, int64_t column, int64_t width) const {
+    float scales[kTileColumns];
+    for (int64_t j = 0; j < width; ++j) {
+      scales[j] = p_.right.scale[(column + j) * p_.right.scale_stride];
+    }
+    const int64_t lane = first_row_ + row, bytes = p_.out_is_bfloat16 ? 2 : 4;
+    const float* row_scales = p_.left.scale + lane * p_.left.scale_stride;
+    char* out = static_cast<char*>(p_.out);
+    Target target = {out, p_.out_is_bfloat16, p_.right.lanes, row_scales, p_.left.scale_stride,
+                     scales, is_swapped_, false};
+    if (!is_swapped_) {
+      target.out = out + (lane * p_.right.lanes + column) * bytes;
+      target.is_large = p_.left.lanes * p_.right.lanes * bytes >= kLarge;
+      return kernels_.write(sums, rows, width, target);
+    }
+    alignas(64) char tile[kTileRows * kTileColumns * 4];
+    target.out = tile;
+    target.row_stride = kTileColumns;
+    kernels_.write(sums, rows, width, target);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t at = (column + j) * p_.left.lanes + lane + i;
+        std::memcpy(out + at * bytes, tile + (i * kTileColumns + j) * bytes, bytes);
+      }
+    }
+  }
+
+  const DotKernels& kernels_;
+  const Product& p_;
+  const int64_t pairs_;
+  const bool is_swapped_;  // whether `out` is [right.lanes, left.lanes]
+  uint16_t* left_ = nullptr;
+  uint16_t* right_ = nullptr;
+  int64_t first_row_ = 0, rows_ = 0, first_column_ = 0, columns_ = 0;  // of the block at hand
+};
+
+}  // namespace
+
+bool Compute(const DotKernels& kernels, Product product, Loop& loop) {
+  // The right operand fills the vectors, so it is the one with more lanes.
+  const bool swap = product.right.lanes < kColumns && product.left.lanes > product.right.lanes;
+  if (swap) std::swap(product.left, product.right);
+  return Blocks(kernels, product, swap).Run(loop);
+}
+
+}  // namespace mpjax

@@ -1,0 +1,48 @@
+// A product of two float8 matrices with its scales, whatever they are stored like.
+
+#ifndef MPJAX_KERNELS_NATIVE_PRODUCT_H_
+#define MPJAX_KERNELS_NATIVE_PRODUCT_H_
+
+#include <cstdint>
+
+#include "dot.h"
+
+namespace mpjax {
+
+struct Matrix {
+  const uint8_t* data;
+  int64_t lanes;        // rows of the left operand, columns of the right one
+  int64_t lane_stride;  // one of the two is 1
+  int64_t term_stride;
+  const DecodeTable* table;
+  const float* scale;    // of lane i: scale[i * scale_stride]
+  int64_t scale_stride;  // 0 or 1
+};
+
+struct Product {
+  Matrix left;
+  Matrix right;
+  int64_t terms;
+  void* out;  // [left.lanes, right.lanes]
+  bool out_is_bfloat16;  // else float32
+};
+
+// Calls a function of an index for all indices below a count, begun in their order, perhaps in
+// parallel.
+class Loop {
+ public:
+  virtual ~Loop() = default;
+  virtual void Run(int64_t count, void (*body)(void* data, int64_t i), void* data) = 0;
+
+  template <typename Body>
+  void operator()(int64_t count, Body& body) {
+    Run(count, [](void* data, int64_t i) { (*static_cast<Body*>(data))(i); }, &body);
+  }
+};
+
+// Computes the product; false if there was no memory for it.
+bool Compute(const DotKernels& kernels, Product product, Loop& loop);
+
+}  // namespace mpjax
+
+#endif  // MPJAX_KERNELS_NATIVE_PRODUCT_H_

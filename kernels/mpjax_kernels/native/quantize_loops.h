@@ -1,0 +1,90 @@
+// The loops of the cast to float8, in integers that compilers vectorize. Compiled once for each
+// instruction set, so all is in an unnamed namespace.
+//
+// Half of the last place that is kept, less one bit if that is even, and the cut after it round to
+// nearest even; a carry out of the mantissa adds one to the exponent, as it should. Subnormal
+// numbers are multiples of the smallest one, which is the last place of `smallest * 2**23`: the sum
+// with that has them as its last bits, rounded by the addition.
+
+#ifndef MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
+#define MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
+
+#include <cstring>
+
+#include "quantize.h"
+
+namespace mpjax {
+namespace {
+
+inline uint32_t BitsOf(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t LoadBits(const float& x) { return BitsOf(x); }
+inline uint32_t LoadBits(const uint16_t& x) { return static_cast<uint32_t>(x) << 16; }
+
+template <typename T>
+uint32_t LargestOf(const T* x, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = LoadBits(x[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+template <typename T, int kMantissa, int kBias>
+uint32_t QuantizeTo(const T* __restrict x, int64_t count, float scale, float max,
+                    uint8_t* __restrict values) {
+  constexpr int kDrop = 23 - kMantissa, kDifference = 127 - kBias;
+  constexpr uint32_t kLeastNormal = static_cast<uint32_t>(kDifference + 1) << 23;
+  const float shift = FromBits(static_cast<uint32_t>(kDifference + 1 - kMantissa + 23) << 23);
+  const uint32_t limit = BitsOf(max);
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = LoadBits(x[i]);
+    const uint32_t given = bits & 0x7FFFFFFFu;
+    largest = given > largest ? given : largest;
+    uint32_t magnitude = BitsOf(FromBits(given) / scale);
+    magnitude = magnitude > limit ? limit : magnitude;
+    const uint32_t odd = (magnitude >> kDrop) & 1u;
+    const uint32_t rounded = (magnitude + odd + ((1u << (kDrop - 1)) - 1u)) >> kDrop;
+    const uint32_t normal = rounded - (static_cast<uint32_t>(kDifference) << kMantissa);
+    const uint32_t subnormal = BitsOf(FromBits(magnitude) + shift);  // bits above the last 8 go
+    const uint32_t result = magnitude >= kLeastNormal ? normal : subnormal;
+    values[i] = static_cast<uint8_t>((result & 0x7Fu) | ((bits >> 24) & 0x80u));
+  }
+  return largest;
+}
+
+template <typename T>
+uint32_t QuantizeAs(const Float8& format, const void* x, int64_t count, float scale,
+                    uint8_t* values) {
+  const T* from = static_cast<const T*>(x);
+  return format.has_infinity ? QuantizeTo<T, 2, 15>(from, count, scale, format.max, values)
+                             : QuantizeTo<T, 3, 7>(from, count, scale, format.max, values);
+}
+
+uint32_t Largest(Input type, const void* x, int64_t count) {
+  return type == Input::kFloat32 ? LargestOf(static_cast<const float*>(x), count)
+                                 : LargestOf(static_cast<const uint16_t*>(x), count);
+}
+
+uint32_t Quantize(Input type, const void* x, int64_t count, float scale, const Float8& format,
+                  uint8_t* values) {
+  return type == Input::kFloat32 ? QuantizeAs<float>(format, x, count, scale, values)
+                                 : QuantizeAs<uint16_t>(format, x, count, scale, values);
+}
+
+}  // namespace
+}  // namespace mpjax
+
+#endif  // MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
