@@ -238,6 +238,43 @@ def test_all_finite(leaf, finite):
     assert bool(mp.all_finite({"a": np.float32([0]), "b": leaf})) is finite
 
 
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_all_finite_looks_at_every_leaf_of_many(place, bad):
+    shapes, dtypes = [(), (3,), (2, 5), (70, 70), (4,)], ["float32", "bfloat16", "float16"] * 2
+    leaves = [np.full(shape, 2, dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+    assert mp.all_finite(leaves)
+    leaves[place] = leaves[place].copy()
+    leaves[place].flat[leaves[place].size - 1] = bad
+    assert not mp.all_finite(leaves)
+
+
+def test_all_finite_looks_at_leaves_of_few_numbers_at_once():
+    tree = {str(size): jnp.ones(size) for size in range(1, 40)} | {"weight": jnp.ones((80, 80))}
+    text = jax.jit(mp.all_finite).lower(tree).as_text()
+    assert text.count("stablehlo.reduce(") == 3  # of those of few, of the weight, of both sums
+
+
+@pytest.mark.parametrize("mesh_type", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_all_finite_of_leaves_that_are_sharded_differently(mesh_type):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(mesh_type,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(jnp.ones(4), jax.NamedSharding(mesh, jax.P("data")))
+        assert jax.jit(mp.all_finite)([sharded, jnp.ones(3), jnp.ones(4)])
+        assert not jax.jit(mp.all_finite)([sharded * jnp.nan, jnp.ones(3), jnp.ones(4)])
+
+
+def test_all_finite_in_a_shard_map_of_what_varies_and_what_does_not():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def each(x, y):
+        return jax.lax.psum(mp.all_finite([x, y, y * 2]).astype(jnp.int32), "data")
+
+    finite = jax.shard_map(each, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
+    assert jax.jit(finite)(jnp.ones(4), jnp.ones(3)) == 2
+    assert jax.jit(finite)(jnp.ones(4).at[3].set(jnp.nan), jnp.ones(3)) == 1
+
+
 def test_all_finite_is_an_array_of_one_bool():
     for tree in ({}, None, [np.int32(1)], [np.float32(1)]):
         found = mp.all_finite(tree)
