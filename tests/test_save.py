@@ -384,7 +384,8 @@ def test_the_host_holds_one_array_at_a_time(tmp_path):
     finally:
         tracemalloc.stop()
     assert_same(loaded, jax.tree.map(jnp.asarray, tree))
-    assert saving < 1 << 20 and loading < 2 << 20  # of 16 MiB
+    # Of 16 MiB; what is loaded lies where it was read to, for JAX takes that without a copy.
+    assert saving < 1 << 20 and loading - (16 << 20) < 1 << 20
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):

@@ -44,7 +44,8 @@ float ScaleOf(float amax, float max) {
   constexpr float kTiny = std::numeric_limits<float>::min();
   // Rounded up, the scale of the largest float32s would bring `max * scale` to infinity.
   const float most = std::nextafter(std::numeric_limits<float>::max() / max, 0.0f);
-  return std::min(std::max(amax / max, kTiny), most);
+  // By the inverse, as XLA divides by a constant: all ways to a scale give the same bits.
+  return std::min(std::max(amax * (1.0f / max), kTiny), most);
 }
 
 // One tensor, in chunks that are quantized in parallel.
