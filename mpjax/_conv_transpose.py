@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
-from ._products import Operand, QuantizedConv
+import mpjax_kernels as mk
+
+from ._products import QuantizedConv
 
 Padding = str | int | Sequence[Any]
 
@@ -22,7 +24,7 @@ class QuantizedConvTranspose(QuantizedConv):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         lhs: jax.Array,
-        rhs: Operand,
+        rhs: jax.Array | mk.QTensor,
         strides: Sequence[int],
         padding: Padding,
         rhs_dilation: Sequence[int],
@@ -60,7 +62,11 @@ def multiplies_plainly(layer: Any) -> bool:
 
 
 def run_layer(
-    product: QuantizedConvTranspose, layer: Any, x: jax.Array, kernel: Operand, bias: Any
+    product: QuantizedConvTranspose,
+    layer: Any,
+    x: jax.Array,
+    kernel: jax.Array | mk.QTensor,
+    bias: Any,
 ) -> jax.Array:
     """What Flax' ConvTranspose does with its arrays, which it gives no door to.
 

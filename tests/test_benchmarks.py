@@ -245,6 +245,7 @@ def test_ratios_of_training_steps_and_what_became_of_the_targets(module):
     ]
 
 
+@pytest.mark.slow
 def test_the_memory_of_quantizing_is_that_of_a_process_of_its_own(tmp_path, module):
     arguments = ["--quick", "--cases", "int8 from safetensors", "--output", tmp_path]
     result = run(*arguments, script="quantize_memory.py")

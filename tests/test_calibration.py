@@ -278,6 +278,7 @@ class Kinds(nn.Module):
         return nn.Conv(4, (3,), name="conv")(x[None])
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_is_rounded_by_the_method_or_says_why_not():
     model = mp.wrap(Kinds(), "int4/-1_from_float32")
     x = INPUTS[:32]
@@ -306,6 +307,7 @@ def test_every_kind_of_layer_is_rounded_by_the_method_or_says_why_not():
     assert np.mean(values.T != np.asarray(same.values, np.int32)) < 0.01  # sums, ties
 
 
+@pytest.mark.slow
 def test_smoothing_a_kernel_whose_inputs_are_two_axes_in_another_order():
     class Join(nn.Module):
         @nn.compact

@@ -108,6 +108,7 @@ def test_the_first_operand_that_is_not_finite_is_named_in_the_order_of_the_calls
         mp.quantize(big, calibration=[HUGE], method="gptq")
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_stack_is_named_by_its_number():
     class Square(nn.Module):
         @nn.compact

@@ -50,6 +50,7 @@ def texts(shape):
     return np.random.default_rng(0).integers(0, 256, (3, shape.context)).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_decoding_in_float32_chooses_what_the_whole_forward_pass_does(
     example, shape, params, texts, api

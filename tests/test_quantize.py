@@ -192,6 +192,7 @@ def test_frozen_dicts_partitioned_kernels_methods_and_keywords():
     np.testing.assert_array_equal(y, model.apply(variables, x, train=True, method="encode"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
 def test_weights_stored_the_other_way_round_give_the_same_outputs(scanned):
     """`mk.contiguous` changes how values lie; Flax would take them for those of another model."""

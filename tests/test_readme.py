@@ -59,6 +59,7 @@ def test_quantized_inference(capsys, tmp_path, monkeypatch):
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
 
 
+@pytest.mark.slow
 def test_calibration(capsys):
     scope = {}
     exec(block_after("Linen"), scope)
