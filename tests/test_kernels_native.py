@@ -129,6 +129,20 @@ def _quantize_by_both(x, scale, format):
     return (q.values, q.scale, amax), _QuantizeBy(format, None)(x, scale)
 
 
+@pytest.mark.parametrize("rows,columns", [(40, 3), (3, 40)])
+def test_the_scale_of_the_left_operand_comes_first_whichever_fills_the_vectors(rows, columns):
+    rng = np.random.default_rng(8)
+    lhs, rhs = integers(rng, (rows, 1)), integers(rng, (1, columns))
+    by_row = rng.uniform(0.5, 2, (rows, 1)).astype(np.float32)
+    by_column = rng.uniform(0.5, 2, (1, columns)).astype(np.float32)
+    found = product(
+        tensor(lhs, "float8_e4m3fn", by_row), tensor(rhs, "float8_e4m3fn", by_column), MATRIX
+    )
+    exact = (lhs @ rhs).astype(np.float32)
+    np.testing.assert_array_equal(found, exact * by_row * by_column)
+    assert not np.array_equal(found, exact * by_column * by_row)  # in a last bit
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (1,), (5, 7)])
 def test_zeros_have_scale_one(shape):
     q = mk.quantize(jnp.zeros(shape), "float8_e4m3fn")
