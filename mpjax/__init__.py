@@ -64,6 +64,9 @@ from ._scaling import update_scaling as update_scaling
 from ._serialize import deserialize as deserialize
 from ._serialize import get_policy as get_policy
 from ._serialize import serialize as serialize
+from ._target import Target as Target
+from ._target import resolve_target as resolve_target
+from ._target import targets as targets
 from ._train_state import TrainState as TrainState
 from ._wrap import unwrap as unwrap
 from ._wrap import wrap as wrap
