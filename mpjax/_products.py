@@ -12,6 +12,7 @@ weight that `mp.quantize` stored (`_stored.py` says how) are not.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,9 +24,11 @@ import mpjax_kernels as mk
 from ._context import Product, active, calibration_in_progress
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
-from ._prescaled import PreScaledWeight, prescaled
+from ._prescaled import PreScaledWeight, is_stored, prescaled
+from ._roofline import ProductSize, why_plain
 from ._scaling import ScalingState
 from ._stored import Stored, runs
+from ._target import Target
 
 Operand = jax.Array | mk.QTensor | PreScaledWeight
 
@@ -85,6 +88,7 @@ class _QuantizedProduct:
       states: the scales that are known before.
       path: the layer's path, under which the product is reported to `observe`; None: not reported.
       kernel: where the layer keeps its kernel; None if it has none.
+      profitable_on: the target on which a product that 8 bits would slow down is left as it is.
     """
 
     compute_dtype: str
@@ -93,6 +97,28 @@ class _QuantizedProduct:
     states: States = Stateless()
     path: str | None = None
     kernel: Kernel | None = None
+    profitable_on: Target | None = None
+
+    def _why_plain(self, size: ProductSize, rhs: Any, *, to_store: bool = False) -> str | None:
+        """Why 8 bits would cost time here, for a float weight: as it is, or as one to be stored."""
+        if self.profitable_on is None or self.stored.activation is None:
+            return None
+        operands = {"input"} if to_store else {"input", "kernel"}
+        return why_plain(
+            self.profitable_on,
+            size,
+            compute_dtype=self.compute_dtype,
+            format=self.stored.format,
+            weight_bytes=rhs.dtype.itemsize,
+            is_stored=to_store,
+            is_scale_known=operands <= self.states.read().keys(),
+        )
+
+    def _observe(self, size: ProductSize, rhs: Any, product: Product) -> None:
+        """Reports the product to who watches a trace, and if its weight is not worth storing."""
+        if not is_stored(rhs) and calibration_in_progress() is None:
+            product = dataclasses.replace(product, left=self._why_plain(size, rhs, to_store=True))
+        _observe(self.path, product)
 
     def _calibrating(
         self, lhs: jax.Array, rhs: Any, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
@@ -203,7 +229,8 @@ class QuantizedDotGeneral(_QuantizedProduct):
         _refuse_out_sharding(out_sharding)
         (lhs_axes, rhs_axes), (_, batch) = dimension_numbers
         summed = tuple(sorted(rhs_axes))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
+        size = ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+        self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
@@ -214,7 +241,7 @@ class QuantizedDotGeneral(_QuantizedProduct):
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jax.lax.dot_general(lhs, observed, dimension_numbers, **options)
-        if self.formats is None:
+        if self.formats is None or self._why_plain(size, rhs):
             return jax.lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, **options)
         return self._trained(mk.quantized_dot_general, lhs, rhs, dimension_numbers, **options)
 
@@ -261,7 +288,8 @@ class QuantizedEinsum(_QuantizedProduct):
         lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
         _, batch = mk.batch_axes(equation, lhs.ndim, rhs.ndim)
         summed = tuple(sorted(rhs_axes))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=batch))
+        size = ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+        self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=batch))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
@@ -272,7 +300,7 @@ class QuantizedEinsum(_QuantizedProduct):
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jnp.einsum(equation, lhs, observed, **options)
-        if self.formats is None:
+        if self.formats is None or self._why_plain(size, rhs):
             return jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), **options)
         return self._trained(mk.quantized_einsum, equation, lhs, rhs, **options)
 
@@ -298,7 +326,7 @@ class QuantizedConv(_QuantizedProduct):
         _refuse_out_sharding(out_sharding)
         spec = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         summed = tuple(sorted(spec.rhs_spec[1:]))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, is_conv=True))
+        product = Product("kernel", tuple(rhs.shape), summed, is_conv=True)
         options = {
             "lhs_dilation": lhs_dilation,
             "rhs_dilation": rhs_dilation,
@@ -308,13 +336,26 @@ class QuantizedConv(_QuantizedProduct):
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
         how = {"implementation": _CONV_IN_8_BITS, **options}
+        size = ProductSize(0, 0, 0, 0)
+        if self.profitable_on is not None:
+            convolved = functools.partial(
+                jax.lax.conv_general_dilated,
+                window_strides=window_strides,
+                padding=padding,
+                **options,
+            )
+            x, w = (jax.ShapeDtypeStruct(a.shape, self.compute_dtype) for a in (lhs, rhs))
+            size = ProductSize.of_conv(
+                lhs.shape, rhs.shape, summed, jax.eval_shape(convolved, x, w).shape
+            )
+        self._observe(size, rhs, product)
         if isinstance(rhs, mk.QTensor):
             x = self._activation(lhs, rhs, tuple(sorted(spec.lhs_spec[1:])))
             return mk.conv_general_dilated(x, rhs, window_strides, padding, **how)
         observed = self._calibrating(lhs, rhs, (), ())
         if observed is not None:
             return jax.lax.conv_general_dilated(lhs, observed, window_strides, padding, **options)
-        if self.formats is None:
+        if self.formats is None or self._why_plain(size, rhs):
             rhs = rhs.astype(lhs.dtype)
             return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
         product = mk.quantized_conv_general_dilated
@@ -330,6 +371,8 @@ def _observe(path: str | None, product: Product) -> None:
     frame = active.value
     if path is not None and frame is not None and frame.observation is not None:
         known = frame.observation.products.setdefault(path, product)
+        if known.left is not None and product.left is None:
+            frame.observation.products[path] = product
         if known.contracting != product.contracting:
             raise NotImplementedError(
                 f"layer '{path}' contracts its kernel over axes {known.contracting} in one call "

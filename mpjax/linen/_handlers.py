@@ -95,6 +95,7 @@ def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:
         "compute_dtype": layer.policy.compute_dtype,
         "formats": recipe.formats,
         "stored": recipe.stored,
+        "profitable_on": recipe.profitable_on,
         "states": LayerStates(layer, recipe, prefix) if recipe.states else Stateless(),
     }
 

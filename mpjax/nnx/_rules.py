@@ -133,7 +133,14 @@ def _product(
     kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "", kernel: Any = None
 ) -> Any:
     states = OfLayer(prefix) if recipe.states else Stateless()
-    return kind(policy.compute_dtype, recipe.formats, recipe.stored, states, kernel=kernel)
+    return kind(
+        policy.compute_dtype,
+        recipe.formats,
+        recipe.stored,
+        states,
+        kernel=kernel,
+        profitable_on=recipe.profitable_on,
+    )
 
 
 def _with_product(attribute: str, product: Any, policy: DTypePolicy) -> dict[str, Any]:
