@@ -53,6 +53,8 @@ from ._quantization_report import Rounding as Rounding
 from ._quantize import quantize as quantize
 from ._quantized_policy import QuantizedDTypePolicy as QuantizedDTypePolicy
 from ._quantized_policy import QuantizedFloat8DTypePolicy as QuantizedFloat8DTypePolicy
+from ._requantize import RequantizationReport as RequantizationReport
+from ._requantize import RequantizedWeight as RequantizedWeight
 from ._roofline import ProductSize as ProductSize
 from ._roofline import Roofline as Roofline
 from ._roofline import roofline as roofline

@@ -134,12 +134,16 @@ class QuantizedDTypePolicy(DTypePolicy):
             mode = RESOLVED[self.mode].get(target.eight_bits)
         if mode is None:
             return DTypePolicy.from_config({"name": self.source_name, **self._source_config()})
-        is_float8 = mode.startswith("float8")
-        cls = QuantizedFloat8DTypePolicy if is_float8 else QuantizedDTypePolicy
-        policy = cls.from_config({**self.get_config(), "mode": mode})
+        policy = self.with_mode(mode)
         if when == "profitable":
             set_fields(policy, profitable_on=target)
         return policy
+
+    def with_mode(self, mode: str) -> "QuantizedDTypePolicy":
+        """Returns a policy of another mode, and what else this one says."""
+        is_float8 = mode.startswith("float8")
+        cls = QuantizedFloat8DTypePolicy if is_float8 else QuantizedDTypePolicy
+        return cls.from_config({**self.get_config(), "mode": mode})
 
     @property
     def quantization_mode(self) -> str:
