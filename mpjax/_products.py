@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._context import Product, active, calibration_in_progress
+from ._decisions import FORWARD, QUANTIZED, WEIGHTS, Decision, left
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
 from ._prescaled import PreScaledWeight, prescaled
 from ._scaling import ScalingState
-from ._stored import Stored, runs
+from ._stored import CannotStoreError, Stored, cut, runs
 
 Operand = jax.Array | mk.QTensor | PreScaledWeight
 
@@ -93,6 +94,19 @@ class _QuantizedProduct:
     states: States = Stateless()
     path: str | None = None
     kernel: Kernel | None = None
+
+    def _decision(self, rhs: Any, summed: tuple[int, ...]) -> Decision:
+        """What becomes of the product with a kernel: `summed` are the axes that it sums over."""
+        if isinstance(rhs, mk.QTensor | PreScaledWeight):
+            return Decision(WEIGHTS if self.stored.activation is None else QUANTIZED)
+        if self.formats is not None:
+            backward = (*self.formats.dlhs, *self.formats.drhs)
+            return Decision(FORWARD if None in backward else QUANTIZED)
+        try:
+            cut(self.stored, tuple(rhs.shape), summed)
+        except CannotStoreError:
+            return left("refused")
+        return left("unquantized")
 
     def _calibrating(
         self, lhs: jax.Array, rhs: Any, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
@@ -201,13 +215,20 @@ class QuantizedDotGeneral(_QuantizedProduct):
     ) -> jax.Array:
         """Same arguments as `jax.lax.dot_general`."""
         _refuse_out_sharding(out_sharding)
-        (lhs_axes, rhs_axes), (_, batch) = dimension_numbers
+        (_, rhs_axes), (_, batch) = dimension_numbers
         summed = tuple(sorted(rhs_axes))
         _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
+        with self._decision(rhs, summed).scope():
+            return self._multiply(lhs, rhs, dimension_numbers, **options)
+
+    def _multiply(
+        self, lhs: jax.Array, rhs: Operand, dimension_numbers: Any, **options: Any
+    ) -> jax.Array:
+        lhs_axes, rhs_axes = dimension_numbers[0]
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
             return mk.dot_general(x, w, dimension_numbers, implementation=_IN_8_BITS, **options)
@@ -266,6 +287,12 @@ class QuantizedEinsum(_QuantizedProduct):
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
+        with self._decision(rhs, summed).scope():
+            return self._multiply(equation, lhs, rhs, lhs_axes, rhs_axes, **options)
+
+    def _multiply(
+        self, equation: str, lhs: jax.Array, rhs: Operand, lhs_axes: Any, rhs_axes: Any, **options: Any
+    ) -> jax.Array:
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
             return mk.einsum(equation, x, w, implementation=_IN_8_BITS, **options)
@@ -307,6 +334,18 @@ class QuantizedConv(_QuantizedProduct):
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
+        with self._decision(rhs, summed).scope():
+            return self._convolve(lhs, rhs, window_strides, padding, spec, **options)
+
+    def _convolve(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array | mk.QTensor,
+        window_strides: Any,
+        padding: Any,
+        spec: jax.lax.ConvDimensionNumbers,
+        **options: Any,
+    ) -> jax.Array:
         how = {"implementation": _CONV_IN_8_BITS, **options}
         if isinstance(rhs, mk.QTensor):
             x = self._activation(lhs, rhs, tuple(sorted(spec.lhs_spec[1:])))
