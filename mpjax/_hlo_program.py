@@ -53,7 +53,9 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """The names of the computations that it runs, but for those of a reduction."""
-        names = re.findall(r"(?:calls|body|true_computation|false_computation)=%([\w.-]+)", self._own)
+        names = re.findall(
+            r"(?:calls|body|true_computation|false_computation)=%([\w.-]+)", self._own
+        )
         if self.opcode in ("call", "async-start"):
             names += re.findall(r"to_apply=%([\w.-]+)", self._own)
         for branches in re.findall(r"branch_computations=\{([^}]*)\}", self._own):
@@ -73,6 +75,12 @@ class Instruction:
     def backend_config(self) -> str:
         """What the compiler's back end added, a JSON text for the most part."""
         return self.attributes.partition("backend_config=")[2]
+
+    @functools.cached_property
+    def cycles(self) -> int | None:
+        """The TPU compiler's estimate for one run; None of what it gives none for."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.backend_config)
+        return int(found[1]) if found else None
 
     @functools.cached_property
     def _own(self) -> str:

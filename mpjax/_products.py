@@ -291,7 +291,13 @@ class QuantizedEinsum(_QuantizedProduct):
             return self._multiply(equation, lhs, rhs, lhs_axes, rhs_axes, **options)
 
     def _multiply(
-        self, equation: str, lhs: jax.Array, rhs: Operand, lhs_axes: Any, rhs_axes: Any, **options: Any
+        self,
+        equation: str,
+        lhs: jax.Array,
+        rhs: Operand,
+        lhs_axes: Any,
+        rhs_axes: Any,
+        **options: Any,
     ) -> jax.Array:
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)

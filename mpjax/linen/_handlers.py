@@ -21,8 +21,8 @@ import mpjax_kernels as mk
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, linen_attention
 from .._cast import in_dtypes_of
-from .._decisions import NONE, Decision, left
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
+from .._decisions import NONE, Decision, left
 from .._kv_cache import check_cache, refuse_own_attention
 from .._products import (
     PromoteAroundKernel,
