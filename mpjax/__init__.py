@@ -11,6 +11,11 @@ from ._accumulate import accumulate_gradients as accumulate_gradients
 from ._checkpoint import latest_step as latest_step
 from ._checkpoint import restore_checkpoint as restore_checkpoint
 from ._checkpoint import save_checkpoint as save_checkpoint
+from ._explain import assert_quantized as assert_quantized
+from ._explain import explain as explain
+from ._explanation import REASONS as REASONS
+from ._explanation import ExplainedProduct as ExplainedProduct
+from ._explanation import Explanation as Explanation
 from ._export import export as export
 from ._export import load_exported as load_exported
 from ._flax_float8 import from_flax_float8 as from_flax_float8

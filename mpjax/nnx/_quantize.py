@@ -14,11 +14,12 @@ from .._calibrated import Calibrated, round_weight
 from .._calibration import Calibration, plan_of
 from .._calibration_batches import first_and_all
 from .._context import Product
+from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
-from .._products import QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
+from .._products import QuantizedDotGeneral, QuantizedEinsum
 from .._quantization_report import (
     QuantizationReport,
     QuantizedWeight,

@@ -21,10 +21,10 @@ import mpjax_kernels as mk
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, nnx_attention
 from .._cast import cast_array
+from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
 from .._policy import DTypePolicy
 from .._products import (
-    QuantizedConv,
     QuantizedDotGeneral,
     QuantizedEinsum,
     Stateless,
