@@ -1,8 +1,9 @@
-"""The command `mpjax`: what is installed, and which hardware is known."""
+"""The command `mpjax`: doctor, targets and explain."""
 
 import argparse
 from collections.abc import Sequence
 
+from . import _cli_explain
 from ._console import print_table
 from ._doctor import HEADER, describe, sections
 from ._target import targets
@@ -14,7 +15,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after `mpjax`; None takes those of the process.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
     return options.run(options)
 
 
@@ -22,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpjax", description="Mixed precision and quantization for Flax."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     doctor = commands.add_parser(
         "doctor",
         help="versions, devices, what each mode becomes here, kernels, extras",
@@ -39,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     listed.add_argument("--sources", action="store_true", help="where the figures are from")
     listed.set_defaults(run=_targets)
+    _cli_explain.add_parser(commands)
     return parser
 
 
