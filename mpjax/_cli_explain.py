@@ -71,7 +71,7 @@ def program_of(name: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"module {module_name!r} ({module.__file__}) has no {function_name}()")
-    made = function()
+    made: Any = function()
     is_pair = isinstance(made, tuple) and len(made) == 2
     if not (is_pair and callable(made[0]) and isinstance(made[1], tuple)):
         raise TypeError(

@@ -42,8 +42,8 @@ def sections() -> Iterator[tuple[str, Rows]]:
 
 def describe(target: Target) -> tuple[str, ...]:
     """The row of a target: its name, dtypes and rates, memory and bandwidth."""
-    scale, unit = (1e12, "T") if max(dict(target.peak).values()) >= 1e13 else (1e9, "G")
-    rates = ", ".join(f"{dtype} {rate / scale:,.0f}" for dtype, rate in target.peak)
+    scale, unit = (1e12, "T") if max(target.rates.values()) >= 1e13 else (1e9, "G")
+    rates = ", ".join(f"{dtype} {rate / scale:,.0f}" for dtype, rate in target.rates.items())
     memory = "" if target.memory_bytes is None else f"{target.memory_bytes / 1e9:,.0f}"
     bandwidth = f"{target.bandwidth / 1e9:,.0f}"
     eight = target.eight_bits or "none"

@@ -105,7 +105,7 @@ def _plan(
     if target is None and AUTO8 not in str(header.policy):
         return None, None
     policy = None if header.policy is None else _policy(path, header)
-    if target is None and not is_auto(policy):
+    if target is None and (policy is None or not is_auto(policy)):
         return None, None
     chosen = resolve_target(target)
     if policy is None:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 
 import jax
 
-DtypeRates = Mapping[str, float] | tuple[tuple[str, float], ...]
-
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class Target:
 
     name: str
     platform: str
-    peak: DtypeRates
+    peak: Mapping[str, float] | tuple[tuple[str, float], ...]
     bandwidth: float
     memory_bytes: int | None = None
     tile: int = 1
@@ -50,7 +48,7 @@ class Target:
     source: str = ""
 
     def __post_init__(self):
-        rates = dict(self.peak)
+        rates = self.rates
         if "float32" not in rates or not all(
             rate > 0 for rate in [*rates.values(), self.bandwidth]
         ):
@@ -61,9 +59,14 @@ class Target:
         object.__setattr__(self, "peak", tuple(sorted(rates.items())))
 
     @property
+    def rates(self) -> dict[str, float]:
+        """`peak` as a dict."""
+        return {dtype: float(rate) for dtype, rate in dict(self.peak).items()}
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The dtypes that it multiplies by itself."""
-        return tuple(dict(self.peak))
+        return tuple(self.rates)
 
     def rate(self, dtype: str) -> float:
         """Operations per second of a product of two operands of `dtype`.
@@ -71,7 +74,7 @@ class Target:
         One that is not native is computed in the widest native dtype of at most 32 bits that holds
         it: float32, or bfloat16 for 8 bits where that is native.
         """
-        rates = dict(self.peak)
+        rates = self.rates
         if dtype in rates:
             return rates[dtype]
         is_8_bit = dtype.startswith(("float8", "int8", "uint8", "int4", "uint4"))

@@ -78,7 +78,7 @@ def cpu_at_hand() -> Target:
     cores = cores or 1
     return dataclasses.replace(
         named,
-        peak={dtype: rate * cores for dtype, rate in named.peak},
+        peak={dtype: rate * cores for dtype, rate in named.rates.items()},
         bandwidth=named.bandwidth * cores,
         memory_bytes=_memory_bytes(),
         source=f"{named.source}, times {cores}",

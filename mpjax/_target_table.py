@@ -1,5 +1,7 @@
 """The figures of accelerators: of one chip, without sparsity, as their vendors publish them."""
 
+from collections.abc import Mapping
+
 from ._target import Target
 
 _JAX = "jax/_src/pallas/mosaic/tpu_info.py of JAX 0.10.2"
@@ -15,7 +17,9 @@ def _tpu(name: str, kinds: tuple[str, ...], bfloat16: float, **figures) -> Targe
     return Target(name=name, platform="tpu", kinds=kinds, peak=peak, **figures)
 
 
-def _gpu(name: str, platform: str, kinds: tuple[str, ...], peak: dict[str, float], **figures):
+def _gpu(
+    name: str, platform: str, kinds: tuple[str, ...], peak: Mapping[str, float], **figures
+) -> Target:
     peak = {dtype: rate * _T for dtype, rate in peak.items()}
     # cuBLASLt takes 8 bits with dimensions that are multiples of 16, both terms-last.
     figures = {"tile": 16, "weight_layout": "NK", **figures}

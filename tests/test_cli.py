@@ -131,7 +131,7 @@ def test_what_was_noted_when_the_package_was_built(monkeypatch, tmp_path):
     monkeypatch.setattr(about, "_PATH", tmp_path / "absent.so")
     monkeypatch.setattr(about, "native_refusal", lambda: "absent.so is not there")
     monkeypatch.setattr(about, "_BUILD_NOTE", tmp_path / "native_build.txt")
-    assert mk.native_kernels().refusal.endswith("a checkout that was not installed")
+    assert str(mk.native_kernels().refusal).endswith("a checkout that was not installed")
     (tmp_path / "native_build.txt").write_text("none of the C++ compilers c++, g++ was found\n")
     assert mk.native_kernels() == mk.NativeKernels(
         None,

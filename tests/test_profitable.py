@@ -20,7 +20,7 @@ TOY = mp.Target(
     peak={"float32": 1e9, "bfloat16": 1e9, "int8": 2e9, "float8_e4m3fn": 2e9},
     bandwidth=1e6,
 )
-GPU = mp.Target(name="toy-gpu", platform="cuda", peak=dict(TOY.peak), bandwidth=1e6)
+GPU = mp.Target(name="toy-gpu", platform="cuda", peak=TOY.rates, bandwidth=1e6)
 
 
 def times(rows, terms, columns, target=TOY, **how):

@@ -86,6 +86,22 @@ def test_weights_from_disk(tmp_path, monkeypatch):
     assert jax.tree.structure(scope["shapes"]) == jax.tree.structure(expected)
 
 
+def test_hardware(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block_after("Linen"), scope)
+    variables = scope["variables"]
+    exec(block_after("Hardware"), scope)
+    assert scope["model"].policy.name == "int8_from_mixed_bfloat16"
+    kernel = scope["quantized"]["params"]["Dense_0"]["kernel"]
+    assert kernel.format.name == "float8_e4m3fn" and scope["variables"] is variables
+    wide, thin = scope[
+        "report"
+    ].weights  # 8 rows: the larger weight is the one worth reading less of
+    assert wide.reason is None and thin.reason.startswith("8 bits cost time on v6e: 8 rows of 256")
+    assert "float8_e4m3fn" in capsys.readouterr().out
+
+
 def test_the_policies_with_a_cache_in_8_bits():
     scope = {}
     exec("import mpjax as mp\n" + block_with("kv_cache="), scope)

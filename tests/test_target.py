@@ -40,6 +40,7 @@ def test_a_device_kind_finds_its_target(name, kind):
 @pytest.mark.parametrize("name, kind", TPUS.items())
 def test_the_figures_of_tpus_are_those_that_jax_has(name, kind):
     target, version = mp.resolve_target(name), tpu_info.chip_version_from_device_kind(kind)
+    assert version is not None
     cores = version.num_physical_tensor_cores_per_chip
     jax_has = tpu_info._get_tpu_info_impl(version, 1)
     rates = {
@@ -50,7 +51,7 @@ def test_the_figures_of_tpus_are_those_that_jax_has(name, kind):
     }
     for dtype, rate in rates.items():
         # Of v6e and v5p two pages of the vendor differ in the third digit, and in the bandwidth.
-        assert dict(target.peak).get(dtype, 0) == pytest.approx(rate * cores, rel=0.005)
+        assert target.rates.get(dtype, 0) == pytest.approx(rate * cores, rel=0.005)
         assert (dtype in target.dtypes) == jax_has.is_matmul_supported(dtype, dtype)
     assert target.tile == jax_has.mxu_column_size
     assert target.bandwidth == pytest.approx(jax_has.mem_bw_bytes_per_second * cores, rel=0.13)
@@ -104,7 +105,7 @@ def test_other_hardware_is_given_by_its_figures():
     )
     assert mp.resolve_target(mine) is mine and mine.eight_bits == "int8"
     assert hash(mine) == hash(mp.Target(**{f: getattr(mine, f) for f in mine.__dataclass_fields__}))
-    with pytest.raises(ValueError, match="Target 'mine' has peak={'int8': 1}.*'float32'"):
+    with pytest.raises(ValueError, match="Target 'mine' has peak={'int8': 1.0}.*'float32'"):
         mp.Target(name="mine", platform="cpu", peak={"int8": 1}, bandwidth=1)
     with pytest.raises(ValueError, match="bandwidth=0: they must be positive"):
         mp.Target(name="mine", platform="cpu", peak={"float32": 1}, bandwidth=0)
