@@ -9,7 +9,7 @@ import mpjax_kernels as mk
 from ._context import Product
 from ._decisions import Decision
 from ._products import QuantizedProduct, refuse_out_sharding
-from ._roofline import ProductSize
+from ._roofline import NO_SIZE, ProductSize
 
 _IN_8_BITS = ("cpu", "xla")  # all but "reference"
 
@@ -44,13 +44,13 @@ class QuantizedConv(QuantizedProduct):
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
-        size = self._size(lhs, rhs, window_strides, padding, spec, **options)
+        size = self._conv_size(lhs, rhs, window_strides, padding, spec, **options)
         self._observe(size, rhs, product)
         decision = self._decision(rhs, summed, size)
         with decision.scope():
             return self._convolve(decision, lhs, rhs, window_strides, padding, spec, **options)
 
-    def _size(
+    def _conv_size(
         self,
         lhs: jax.Array,
         rhs: Any,
@@ -61,7 +61,7 @@ class QuantizedConv(QuantizedProduct):
     ) -> ProductSize:
         """The sizes of the convolution, where they decide anything."""
         if self.profitable_on is None:
-            return ProductSize(0, 0, 0, 0)
+            return NO_SIZE
 
         def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
             return jax.lax.conv_general_dilated(x, w, window_strides, padding, **options)

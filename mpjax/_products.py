@@ -25,7 +25,7 @@ from ._decisions import FORWARD, QUANTIZED, WEIGHTS, Decision, left
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
 from ._prescaled import PreScaledWeight, is_stored, prescaled
-from ._roofline import ProductSize, why_plain
+from ._roofline import NO_SIZE, ProductSize, why_plain
 from ._scaling import ScalingState
 from ._stored import CannotStoreError, Stored, cut, runs
 from ._target import Target
@@ -98,6 +98,12 @@ class QuantizedProduct:
     path: str | None = None
     kernel: Kernel | None = None
     profitable_on: Target | None = None
+
+    def _size(self, lhs: jax.Array, rhs: Any, rhs_axes: Any, batch: Any) -> ProductSize:
+        """The sizes of the product, where they decide anything."""
+        if self.profitable_on is None:
+            return NO_SIZE
+        return ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
 
     def _why_plain(self, size: ProductSize, rhs: Any, *, to_store: bool = False) -> str | None:
         """Why 8 bits would cost time for a float weight: quantized here, or to be stored."""
@@ -246,7 +252,7 @@ class QuantizedDotGeneral(QuantizedProduct):
         refuse_out_sharding(out_sharding)
         (_, rhs_axes), (_, batch) = dimension_numbers
         summed = tuple(sorted(rhs_axes))
-        size = ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+        size = self._size(lhs, rhs, rhs_axes, batch)
         self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
         options = {
             "precision": precision,
@@ -318,7 +324,7 @@ class QuantizedEinsum(QuantizedProduct):
         lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
         _, batch = mk.batch_axes(equation, lhs.ndim, rhs.ndim)
         summed = tuple(sorted(rhs_axes))
-        size = ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+        size = self._size(lhs, rhs, rhs_axes, batch)
         self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=batch))
         options = {
             "precision": precision,

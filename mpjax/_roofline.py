@@ -37,6 +37,8 @@ class ProductSize:
         """Of a `dot_general` of two shapes, given those axes of the weight."""
         x, w = math.prod(activation), math.prod(weight)
         terms = math.prod(weight[axis] for axis in contracting)
+        if not all(isinstance(n, int) for n in (*activation, *weight)):
+            return cls(x, w, x, terms)
         shared = terms * math.prod(weight[axis] for axis in batch)
         return cls(x, w, x // shared * (w // terms) if shared else 0, terms)
 
@@ -56,6 +58,9 @@ class ProductSize:
     def is_known(self) -> bool:
         """Whether no size is symbolic, as in an export."""
         return all(isinstance(n, int) for n in dataclasses.astuple(self))
+
+
+NO_SIZE = ProductSize(0, 0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +144,10 @@ def why_plain(target: Target, size: ProductSize, **how: Any) -> str | None:
     """Says why 8 bits do not pay, given the arguments of `roofline`; None if they do."""
     if not size.is_known:  # an export: what was not worth storing stays as it is
         return "the number of rows is symbolic"
+    if not size.output * size.terms:  # an empty product
+        return None
     times = roofline(target, size, **how)
-    if times.quantized <= times.plain:
+    if times.pays:
         return None
     rows, columns = size.output * size.terms // size.weight, size.weight // size.terms
     return (

@@ -218,6 +218,22 @@ def test_convolutions_are_judged():
     assert mp.quantize(model, variables, images, return_report=True)[1].quantized
 
 
+def test_an_export_for_any_number_of_rows():
+    model = mp.wrap(MLP(), POLICY, target=SLOW, when="profitable")
+    variables = model.init(jax.random.key(1), X)
+    quantized = mp.quantize(model, variables, X)
+    (rows,) = jax.export.symbolic_shape("rows")
+    shape = jax.ShapeDtypeStruct((rows, 64), X.dtype)
+    blob = mp.export(model, quantized, shape, platforms=("cpu",))
+    np.testing.assert_array_equal(mp.load_exported(blob)(X), jax.jit(model.apply)(quantized, X))
+
+
+def test_an_empty_product_is_not_judged():
+    model = mp.wrap(nn.Dense(4, use_bias=False), POLICY, target=SLOW, when="profitable")
+    variables = model.init(jax.random.key(1), jnp.ones((0, 8)))
+    assert model.apply(variables, jnp.ones((0, 8))).shape == (0, 4)
+
+
 def test_calibration_leaves_them_too():
     for policy in (POLICY, "int8_static_from_float32"):
         model = mp.wrap(MLP(), policy, target=SLOW, when="profitable")
