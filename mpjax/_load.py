@@ -114,7 +114,8 @@ def _plan(
             f"{chosen.name} is not known: load it without target=, and save it with one, "
             "mp.save(path, variables, policy=model.policy)"
         )
-    return Plan(freeze(policy_for(policy, chosen)), is_linen), chosen.name
+    plan = Plan(freeze(policy), freeze(policy_for(policy, chosen)), is_linen)
+    return plan, chosen.name
 
 
 def _read_as(

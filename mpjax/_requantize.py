@@ -33,6 +33,7 @@ from ._stored import stored_of
 from ._target import Target
 
 E4M3 = "float8_e4m3fn"
+_WEIGHTS = ("kernel", "embedding")  # and not a cache
 _ELSEWHERE = {"int8": {E4M3: "float8/row"}, E4M3: {"int8": "int8"}}
 
 
@@ -114,25 +115,30 @@ class Plan:
     """What becomes of the leaves of a file under the policy that it is loaded with.
 
     Attributes:
-      policy: that policy, frozen.
+      saved: the policy in the file, frozen.
+      policy: that which it is loaded with, frozen.
       is_linen: whether paths begin with a collection, as Linen's do.
     """
 
+    saved: Any
     policy: Any
     is_linen: bool
 
     def is_kept(self, leaf: LeafRecord) -> bool:
         """Whether a leaf is loaded at all: a scaling state goes where no layer has one any more."""
-        if leaf.kind != "scaling_state":
+        policy = self._changed_policy(leaf)
+        if leaf.kind != "scaling_state" or policy is None:
             return True
-        recipe = recipe_of(resolve(self.policy, self._layer(leaf)))
+        recipe = recipe_of(policy)
         return recipe is not None and bool(recipe.states)
 
     def format_of(self, leaf: LeafRecord) -> str | None:
         """The format that a stored weight is loaded in; its dtype, for floats; None: as it is."""
-        if leaf.kind not in ("qtensor", "prescaled"):
+        policy = self._changed_policy(leaf)
+        is_weight = leaf.kind in ("qtensor", "prescaled") and leaf.path[-1] in _WEIGHTS
+        if not is_weight or policy is None:
             return None
-        q, stored = leaf.abstract, stored_of(resolve(self.policy, self._layer(leaf)))
+        q, stored = leaf.abstract, stored_of(policy)
         if stored is None:
             return q.dtype.name
         is_whole = all(
@@ -165,12 +171,13 @@ class Plan:
         q, error = _requantized(value.quantized, format)
         return dataclasses.replace(value, quantized=q), float(error)
 
-    def _layer(self, leaf: LeafRecord) -> str:
-        """The path of the layer that a leaf belongs to."""
+    def _changed_policy(self, leaf: LeafRecord) -> DTypePolicy | None:
+        """The policy of a leaf's layer, if it is another than in the file."""
         path: tuple[Key, ...] = leaf.path[1:-1] if self.is_linen else leaf.path[:-1]
         if not self.is_linen and path[-1:] == ("scaling",):
             path = path[:-1]
-        return join(path)
+        saved, policy = (resolve(each, join(path)) for each in (self.saved, self.policy))
+        return None if saved == policy else policy
 
 
 def row_of(before: LeafRecord, after: LeafRecord, error: float) -> RequantizedWeight | None:

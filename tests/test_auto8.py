@@ -248,6 +248,23 @@ def test_weight_only_and_grouped_weights_stay(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, mp.load(path, target=target), variables)
 
 
+def test_only_the_weights_of_a_layer_change(tmp_path):
+    """Not a cache, nor a layer whose own policy says the same for every target."""
+    policy = mp.DTypePolicyMap(
+        "auto8_from_float32", {"down": "int8_weight_only_from_float32", "plain": "float32"}
+    )
+    q = mk.quantize(X, "int8", axis=1)
+    params = {"up": {"kernel": q}, "down": {"kernel": q}, "plain": {"kernel": q}}
+    path = tmp_path / "model.safetensors"
+    mp.save(path, {"params": params, "cache": {"up": {"cached_key": q}}}, policy=policy)
+    for target, format in (("tpu7x", E4M3), ("v6e", "int8"), ("v4", "float32")):
+        loaded, report = mp.load(path, target=target, return_report=True)
+        formats = {row.path: row.format for row in report.weights}
+        assert formats.pop("params/up/kernel") == format
+        assert set(formats.values()) == {"int8"} and len(formats) == 3
+        np.testing.assert_array_equal(loaded["cache"]["up"]["cached_key"].values, q.values)
+
+
 def test_a_requantized_weight_goes_where_shardings_say(tmp_path):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     path, _, _ = saved(tmp_path)
