@@ -104,7 +104,8 @@ def _becomes(mode: Mode, target: Target | None) -> str:
         return "weights are decoded, products in the compute dtype"
     if mode.weights in target.dtypes:
         return f"{mode.weights} x {mode.weights}, native"
-    if target.platform == "cpu" and mode.weights.startswith("float8"):
+    is_float8 = mode.weights.startswith("float8") and mode.granularity != "128x128"
+    if target.platform == "cpu" and is_float8:
         native = mk.native_kernels().isa
         if native is not None:
             return f"native kernels decode to bfloat16 in registers ({native})"

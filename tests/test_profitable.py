@@ -130,6 +130,18 @@ def test_a_thin_layer_stays_and_the_report_says_why():
     )
 
 
+def test_explain_says_that_it_would_not_pay():
+    model = mp.wrap(MLP(), POLICY, target=SLOW, when="profitable")
+    variables = model.init(jax.random.key(1), X)
+    quantized = mp.quantize(model, variables, X)
+    found = mp.explain(model.apply, quantized, X, target="cpu")
+    assert {each.path: each.reason for each in found.products} == {
+        "wide": "",
+        "thin": "unprofitable",
+    }
+    assert found.misses == ()
+
+
 def test_one_row_reads_less_in_8_bits():
     model = mp.wrap(MLP(), POLICY, target=SLOW, when="profitable")
     variables = model.init(jax.random.key(1), X)
@@ -207,15 +219,19 @@ def test_weight_only_policies_are_not_judged():
 
 
 def test_convolutions_are_judged():
-    model = mp.wrap(nn.Conv(4, (3, 3)), POLICY, target=SLOW, when="profitable")
-    images = jnp.ones((8, 16, 16, 32))
-    variables = model.init(jax.random.key(0), images)
-    _, report = mp.quantize(model, variables, images, return_report=True)
-    (row,) = report.weights
-    assert "2048 rows of 288 by 4 columns" in row.reason
-    model = mp.wrap(nn.Conv(512, (3, 3)), POLICY, target=SLOW, when="profitable")
-    variables = model.init(jax.random.key(0), images)
-    assert mp.quantize(model, variables, images, return_report=True)[1].quantized
+    images, reports = jax.ShapeDtypeStruct((8, 16, 16, 32), jnp.float32), []
+    for features in (4, 512):
+        model = mp.wrap(nn.Conv(features, (3, 3)), POLICY, target=SLOW, when="profitable")
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+
+        def quantize(variables, model=model):
+            quantized, report = mp.quantize(model, variables, images, return_report=True)
+            reports.append(report)
+            return quantized
+
+        jax.eval_shape(quantize, shapes)
+    (thin,), (wide,) = (report.weights for report in reports)
+    assert "2048 rows of 288 by 4 columns" in thin.reason and wide.reason is None
 
 
 def test_an_export_for_any_number_of_rows():
