@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import mpjax as mp
+import mpjax.nnx._quantize
 import mpjax_kernels as mk
 from mpjax import _freed_memory
 from mpjax._safetensors import encode_header
@@ -389,3 +390,21 @@ def test_freed_memory_goes_back_to_the_system():
     before = resident()
     _freed_memory.give_back()
     assert before - resident() > 50_000_000 and len(kept) == 1
+
+
+def test_an_nnx_model_whose_quantization_is_stopped_half_way_says_so(monkeypatch):
+    model = mp.wrap(NetNNX(nnx.Rngs(0)), INT8)
+    quantize_weight, seen = mpjax.nnx._quantize.quantize_weight, []
+
+    def stopped(value, stored, product, path):
+        seen.append(path)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return quantize_weight(value, stored, product, path)
+
+    monkeypatch.setattr(mpjax.nnx._quantize, "quantize_weight", stopped)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        mp.quantize(model)
+    (note,) = caught.value.__notes__
+    assert "after 1 of 2 weights" in note and repr(seen[0]) in note and "make the model" in note
+    assert isinstance(model.blocks[0].kernel.get_raw_value(), mk.QTensor)
