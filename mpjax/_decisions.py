@@ -75,6 +75,12 @@ def at_path(policy: Any, path: str) -> Decision:
     return left("island" if is_wider else "policy")
 
 
+def of_attention(policy: Any, path: str) -> Decision:
+    """The same for the products inside attention, which no policy quantizes unless it says so."""
+    own = at_path(policy, path)
+    return own if own == left("island") else left("policy")
+
+
 def of_author(policy: Any, path: str, dtype: str) -> Decision:
     """The same for a layer whose author gave it a dtype."""
     own: DTypePolicy = resolve(policy, path)

@@ -104,7 +104,6 @@ def explanation_of(compiled: Compiled) -> Explanation:
         for instruction, times in all_instructions(program, runs)
         if (count := instruction.cycles) is not None
     ]
-    has_loops = any(run.times > 1 for run in runs.by_name.values()) or runs.unknown_loops
     multiplying = _seconds(products, target)
     moving = (traffic.read + traffic.written) / target.bandwidth
     return Explanation(
@@ -112,7 +111,7 @@ def explanation_of(compiled: Compiled) -> Explanation:
         tuple(rows),
         traffic.read,
         traffic.written,
-        None if has_loops else compiled.estimated_seconds,
+        None if runs.loops else compiled.estimated_seconds,
         sum(cycles) if cycles else None,
         max(multiplying, moving) * compiled.devices,
         dict(compiled.memory),
@@ -157,7 +156,8 @@ def _reason(product: HloProduct, target: Target, dequantized: int) -> str:
         return "dequantized"
     decision = product.name.decision
     if decision is None:
-        return "outside"
+        stored = [s for s in product.sources if s.is_argument and s.shape.dtype != "pred"]
+        return "dequantized" if any(s.shape.bits <= 8 for s in stored) else "outside"
     if decision.startswith("left."):
         reason = decision.removeprefix("left.")
         assert reason in LEFT, decision

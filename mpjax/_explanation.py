@@ -18,7 +18,7 @@ REASONS = {
     "unquantized": "the policy stores its weight in few bits, but it is floats: call mp.quantize",
     "unprofitable": "8 bits would cost time, and the model is wrapped with when='profitable'",
     "outside": "it is in no layer that a policy reaches: it was written with jax itself",
-    "dequantized": "floats that were made of a weight of 8 bits or fewer lie in main memory",
+    "dequantized": "its weight is stored in few bits, and was made floats before the product",
     "emulated": "the target has no unit for these operands, and computes in wider ones",
 }
 _NO_MISS = ("", "policy", "unprofitable")
@@ -42,7 +42,7 @@ class ExplainedProduct:
       times: how often it runs: in a scan over layers, their number.
       weight_bytes: bytes of the program's arguments that the operands are made of, all runs: the
         weight as it is stored, and in a first layer the input too.
-      padding_bytes: how many of these hold no value, and of padded copies all.
+      padding_bytes: how many of these hold no value, and how much padded copies are larger.
       transposed_bytes: of copies in memory that hold an operand transposed.
       dequantized_bytes: of copies in main memory that hold a stored operand as wider numbers.
       reason: why it is not in 8 bits, a word of `mpjax.REASONS`; empty if it is.

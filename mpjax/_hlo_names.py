@@ -21,6 +21,7 @@ _FUNCTION = re.compile(r"(p?jit|xmap|shard_map|custom_\w+|checkpoint|remat|named
 _RECOMPUTED = {"rematted_computation", "remat"}
 _CONTROL = {"closed_call", "checkpoint", "core_call", "pallas_call", "shard_map", "custom_vjp_call"}
 _CONTROL |= {"custom_jvp_call", "custom_vjp_call_jaxpr", "custom_lin", "run_state"} | _RECOMPUTED
+_OPERATIONS = {"ragged_dot_general"}  # of JAX, when XLA adds a name of its own
 _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 
 
@@ -70,7 +71,7 @@ def _is_control(part: str, after: list[str], before: list[str]) -> bool:
     branch = r"branch_\d+_fun"
     return (
         part == ""
-        or part in _CONTROL
+        or part in _CONTROL | _OPERATIONS
         or "->" in part
         or bool(_FUNCTION.match(part) or re.fullmatch(branch, part))
         or (part == "while" and after[:1] in (["body"], ["cond"]))

@@ -109,13 +109,25 @@ def _found(within: Computation, instruction: Instruction) -> _Found | None:
         return _reduced(within, instruction, operands)
     if instruction.opcode == "custom-call" and len(operands) >= 2:
         is_product, flops = _custom(instruction, operands)
-        return _of(operands, flops) if is_product else None
+        if not is_product:
+            return None
+        return _of(_largest(operands) if _is_pallas(instruction) else operands, flops)
     return None
 
 
 def _of(operands: list[Instruction], flops: int | None) -> _Found:
     lhs, rhs = operands[:2]
     return _Found(lhs, rhs, flops, (lhs.shape, rhs.shape))
+
+
+def _is_pallas(call: Instruction) -> bool:
+    return call.text("custom_call_target") == "tpu_custom_call"
+
+
+def _largest(operands: list[Instruction]) -> list[Instruction]:
+    """The two largest, in their order: a Pallas kernel has scales and group sizes beside them."""
+    by_size = sorted(operands, key=lambda x: x.shape.size, reverse=True)[:2]
+    return [each for each in operands if each in by_size][:2]
 
 
 def _reduced(
@@ -157,7 +169,7 @@ def _custom(call: Instruction, operands: list[Instruction]) -> tuple[bool, int |
         return True, matrix_flops(shapes[0], shapes[1], call.shape, _batch(call.shape))
     if re.fullmatch(r"mpjax_\w+_dot", target):  # ours: [batch, ...] each
         return True, matrix_flops(shapes[0], shapes[1], call.shape, call.shape.dims[0])
-    if target == "tpu_custom_call":
+    if _is_pallas(call):
         cost = re.search(r'"cost_estimate":\{"flops":"?(\d+)', call.backend_config)
         return True, int(cost[1]) if cost else None
     return False, None
@@ -187,7 +199,7 @@ def _unit(platform: str, instruction: Instruction, outer: Instruction) -> str:
     """What computes a product, in the words of the field."""
     if instruction.opcode == "custom-call":
         target = instruction.text("custom_call_target")
-        return "Pallas" if target == "tpu_custom_call" else target.removeprefix("__")
+        return "Pallas" if _is_pallas(instruction) else target.removeprefix("__")
     if instruction.opcode == "reduce":
         return "vector"
     if platform == "tpu":

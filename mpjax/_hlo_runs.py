@@ -41,23 +41,31 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Of the computations that run, by name, and how many loops of unknown length were met."""
+    """How each computation is run.
+
+    Attributes:
+      by_name: the computations that run.
+      loops: how many loops there are.
+      unknown_loops: how many of these are of unknown length.
+    """
 
     by_name: Mapping[str, Run]
+    loops: int
     unknown_loops: int
 
 
 def runs_of(program: Program) -> Runs:
     """Follows every call from the entry."""
     runs = {program.entry.name: Run(times=1)}
-    unknown = 0
+    loops = unknown = 0
 
     def visit(computation: Computation, times: int, fused: bool) -> None:
-        nonlocal unknown
+        nonlocal loops, unknown
         for instruction in computation:
             repeated = times
             if instruction.opcode == "while":
                 count = trip_count(program, instruction)
+                loops += 1
                 unknown += count is None
                 repeated = times * (1 if count is None else count)
             for name in instruction.called:
@@ -68,7 +76,7 @@ def runs_of(program: Program) -> Runs:
                 visit(program.computations[name], repeated, run.fused)
 
     visit(program.entry, 1, False)
-    return Runs(runs, unknown)
+    return Runs(runs, loops, unknown)
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:

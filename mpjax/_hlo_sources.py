@@ -13,7 +13,7 @@ from ._hlo_program import Computation, Instruction, Program
 from ._hlo_runs import Runs
 from ._hlo_shapes import Shape
 
-_SLICES = {"dynamic-slice", "slice"}
+_SLICES = {"dynamic-slice", "slice", "slice-start"}
 _MOVES = _SLICES | {
     "async-done",
     "async-update",
@@ -27,9 +27,10 @@ _MOVES = _SLICES | {
     "pad",
     "reshape",
     "reverse",
+    "slice-done",
     "transpose",
 }
-# Of these every operand as large as the result is followed: scaled values are still the same.
+# Values scaled or rounded by what was spread over them are still the same; a sum of two is not.
 _SCALES = {
     "add",
     "and",
@@ -61,7 +62,7 @@ class Copy:
     Attributes:
       name: of the instruction that wrote it.
       kind: `"transposed"`, `"padded"` or `"dequantized"`.
-      bytes: of the array, as it lies there.
+      bytes: of the array, as it lies there; of a padded one only what it has grown by.
       space: the memory space; 0 is main memory.
     """
 
@@ -77,15 +78,15 @@ class Source:
 
     Attributes:
       shape: of the array.
-      fraction: how much of it was read, a slice perhaps.
       name: JAX' name of it, `"variables['params']['up']['kernel'].values"`.
       is_argument: whether it is an argument of the program.
+      fraction: how much of it was read, a slice perhaps.
     """
 
     shape: Shape
-    fraction: float
     name: str
     is_argument: bool
+    fraction: float = 1.0
 
     @property
     def bytes(self) -> int:
@@ -107,51 +108,80 @@ class _Place:
     element: int = 0
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """What makes it the same place."""
+        return self.within.name, self.instruction.name, self.element
+
+    @property
     def shape(self) -> Shape:
+        """Of the array there."""
         shapes = self.instruction.shapes
         return shapes[self.element] if self.element < len(shapes) else shapes[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """An array in memory that the walk has passed, and how it was made from what came before."""
+    """An array in memory that the walk has passed, and how it was made from what came before.
+
+    Attributes:
+      name: of the instruction that wrote it.
+      shape: of the array.
+      ways: what was done, and how many bytes of the array are due to it.
+    """
 
     name: str
     shape: Shape
-    ways: frozenset[str] = frozenset()
+    ways: tuple[tuple[str, int], ...] = ()
+
+
+_Passed = tuple[_Made, ...]
 
 
 def sources_of(
     program: Program, runs: Runs, within: Computation, operand: Instruction
 ) -> tuple[list[Source], list[Copy]]:
     """The arrays that an operand of a product was made of, and the copies on the way."""
-    sources: dict[tuple[str, str, int], Source] = {}
+    read: dict[Source, float] = {}
     copies: dict[tuple[str, str], Copy] = {}
-    seen: set[tuple[str, str, int]] = set()
+    seen: set[tuple[tuple[str, str, int], tuple[str, ...]]] = set()
 
-    def walk(place: _Place, fraction: float, passed: tuple[_Made, ...]) -> None:
-        key = (place.within.name, place.instruction.name, place.element)
-        if key in seen:
+    def walk(place: _Place, cuts: tuple[str, ...], fraction: float, passed: _Passed) -> None:
+        if (place.key, cuts) in seen:  # two slices of one array are two reads of it
             return
-        seen.add(key)
+        seen.add((place.key, cuts))
         onward = list(_back(program, runs, place))
         if not onward:
-            is_argument = place.within is program.entry
-            is_argument &= place.instruction.opcode == "parameter"
-            name = place.instruction.op_name
-            sources[key] = Source(place.shape, fraction, name, is_argument)
-            for copy in _copies(passed, place.shape):
-                copies[copy.name, copy.kind] = copy
+            source = Source(place.shape, place.instruction.op_name, _is_argument(program, place))
+            read[source] = read.get(source, 0) + fraction
+            stored = place.shape if source.is_argument else None
+            copies.update({(copy.name, copy.kind): copy for copy in _copies(passed, stored)})
             return
         if _is_array(runs, place):
             passed = (*passed, _Made(place.instruction.name, place.shape))
         for each in onward:
-            cut = each.shape.size and place.shape.size / each.shape.size
-            is_cut = place.instruction.opcode in _SLICES
-            walk(each, fraction * (cut if is_cut else 1), _passing(passed, place, each))
+            cut = _cut(place, each)
+            passing = _passing(passed, place, each)
+            if cut is None:
+                walk(each, cuts, fraction, passing)
+            else:
+                walk(each, (*cuts, place.instruction.name), fraction * cut, passing)
 
-    walk(_Place(within, operand), 1.0, ())
-    return list(sources.values()), list(copies.values())
+    walk(_Place(within, operand), (), 1.0, ())
+    sources = [dataclasses.replace(x, fraction=min(part, 1.0)) for x, part in read.items()]
+    return sources, list(copies.values())
+
+
+def _is_argument(program: Program, place: _Place) -> bool:
+    return place.within is program.entry and place.instruction.opcode == "parameter"
+
+
+def _cut(place: _Place, before: _Place) -> float | None:
+    """How much of an array a slice is; None if it is no slice."""
+    if place.instruction.opcode not in _SLICES:
+        return None
+    # `slice-start` makes a tuple of the whole, the slice, and a flag.
+    index = 1 if place.instruction.opcode == "slice-start" else 0
+    return place.instruction.shapes[index].size / max(before.shape.size, 1)
 
 
 def _is_array(runs: Runs, place: _Place) -> bool:
@@ -159,27 +189,30 @@ def _is_array(runs: Runs, place: _Place) -> bool:
     return not fused and place.instruction.opcode not in _NO_ARRAY
 
 
-def _passing(passed: tuple[_Made, ...], place: _Place, before: _Place) -> tuple[_Made, ...]:
+def _passing(passed: _Passed, place: _Place, before: _Place) -> _Passed:
     """Notes in the last array how it differs from what it is made of."""
-    opcode, way = place.instruction.opcode, None
+    if not passed:
+        return passed
+    opcode, last = place.instruction.opcode, passed[-1]
     turned = opcode == "copy" and before.shape.order != place.shape.order
     if opcode == "transpose" or turned:
-        way = "transposed"
+        way = ("transposed", last.shape.padded_bytes)
     elif opcode == "pad":
-        way = "padded"
-    if way is None or not passed:
+        way = ("padded", place.shape.bytes - before.shape.bytes)
+    else:
         return passed
-    last = dataclasses.replace(passed[-1], ways=passed[-1].ways | {way})
-    return (*passed[:-1], last)
+    return (*passed[:-1], dataclasses.replace(last, ways=(*last.ways, way)))
 
 
-def _copies(passed: tuple[_Made, ...], source: Shape) -> Iterator[Copy]:
+def _copies(passed: _Passed, stored: Shape | None) -> Iterator[Copy]:
+    """What was made of an argument, `stored`, or of something computed."""
+    is_narrow = stored is not None and stored.bits <= 8 and stored.dtype != "pred"
     for each in passed:
-        ways = set(each.ways)
-        if source.bits <= 8 < each.shape.bits and source.dtype != "pred":
-            ways.add("dequantized")
-        for way in sorted(ways):
-            yield Copy(each.name, way, each.shape.padded_bytes, each.shape.space)
+        ways = dict(each.ways)
+        if is_narrow and each.shape.bits > 8:
+            ways["dequantized"] = each.shape.padded_bytes
+        for kind, count in ways.items():
+            yield Copy(each.name, kind, count, each.shape.space)
 
 
 def _back(program: Program, runs: Runs, place: _Place) -> Iterator[_Place]:
@@ -201,12 +234,26 @@ def _back(program: Program, runs: Runs, place: _Place) -> Iterator[_Place]:
             yield _Place(within, operands[0], element)
     elif opcode in ("opt-barrier", "optimization-barrier"):
         yield _Place(within, operands[element if len(operands) > 1 else 0], element)
+    elif opcode == "concatenate" or is_concat_bitcast(instruction):
+        yield from (_Place(within, each) for each in operands)
     elif opcode in _MOVES:
         yield _Place(within, operands[0], element if opcode.startswith("async") else 0)
     elif opcode in _SCALES:
-        same = [each for each in operands if each.shape.dims == instruction.shape.dims]
-        plain = [x for x in same if x.opcode not in ("broadcast", "constant", "iota")]
-        yield from (_Place(within, x) for x in plain if x.shape.dtype != "pred")
+        scaled = [each for each in operands if not _is_spread(within, each)]
+        yield from (_Place(within, each) for each in scaled if len(scaled) == 1)
+
+
+def _is_spread(within: Computation, operand: Instruction) -> bool:
+    """Whether an operand has fewer values than it shows, or only decides between others."""
+    while operand.opcode in ("bitcast", "reshape", "convert", "copy", "transpose"):
+        operand = within.instructions[operand.operands[0]]
+    is_few = operand.opcode in ("broadcast", "constant", "iota") or operand.shape.size == 1
+    return is_few or operand.shape.dtype == "pred"
+
+
+def is_concat_bitcast(instruction: Instruction) -> bool:
+    """Whether it only says that arrays lie behind each other: a TPU fetches large ones in parts."""
+    return instruction.text("custom_call_target") == "ConcatBitcast"
 
 
 def _result(inner: Computation, element: int) -> _Place:

@@ -12,6 +12,7 @@ import dataclasses
 from ._hlo_program import Computation, Instruction, Program
 from ._hlo_runs import Runs
 from ._hlo_shapes import MAIN_MEMORY, Shape
+from ._hlo_sources import is_concat_bitcast
 
 _NOTHING = {
     "add-dependency",
@@ -30,6 +31,7 @@ _NOTHING = {
     "parameter",
     "partition-id",
     "replica-id",
+    "slice-done",
     "tuple",
     "while",
 }
@@ -66,7 +68,7 @@ def traffic_of(program: Program, runs: Runs) -> Traffic:
 def instruction_traffic(program: Program, within: Computation, instruction: Instruction) -> Traffic:
     """Of one instruction outside of a fusion, once."""
     opcode = instruction.opcode
-    if opcode in _NOTHING:
+    if opcode in _NOTHING or is_concat_bitcast(instruction):
         return Traffic()
     operands = [within.instructions[name] for name in instruction.operands]
     if opcode in ("fusion", "async-start"):
@@ -81,6 +83,10 @@ def instruction_traffic(program: Program, within: Computation, instruction: Inst
         )
     if opcode == "copy-start":
         return Traffic(_main(operands[0].shapes), _main(instruction.shapes[:1]))
+    if opcode == "slice-start":
+        part = instruction.shapes[1]
+        is_main = operands[0].shape.space == MAIN_MEMORY
+        return Traffic(part.padded_bytes if is_main else 0, _main((part,)))
     if opcode in _CUTS:
         is_main = operands[0].shape.space == MAIN_MEMORY
         cut = instruction.shape.padded_bytes if is_main else 0

@@ -241,8 +241,7 @@ def _attention(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[
     if module.decode and layer.method == "__call__":
         attention |= _decoding(layer, author, attention.get("attention_fn", linen_attention))
     variable = layer.variable("params", "cache")
-    decision = NONE if layer.policy.quantization_mode is None else left("policy")
-    with lent(module, param=layer.param(), variable=variable, **attention), decision.scope():
+    with lent(module, param=layer.param(), variable=variable, **attention):
         return call(*args, **kwargs)
 
 

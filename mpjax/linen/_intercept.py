@@ -15,7 +15,7 @@ import flax.linen as nn
 from .._adapters import output_dtype_at
 from .._cast import cast_floating
 from .._context import Frame, active
-from .._decisions import NONE, Decision, at_path, of_author
+from .._decisions import NONE, Decision, at_path, of_attention, of_author
 from .._paths import join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
@@ -73,6 +73,8 @@ def _resolve(frame: Frame, full_path: tuple[str, ...]) -> tuple[str, DTypePolicy
 
 def _decision(frame: Frame, layer: Layer) -> Decision:
     """What the policy decided about the products of a layer; nothing about those of others."""
+    if isinstance(layer.module, nn.MultiHeadDotProductAttention):
+        return of_attention(frame.policy, layer.path)
     is_layer = handler_of(layer.module) is not None or _is_leaf_layer(layer.module)
     return at_path(frame.policy, layer.path) if is_layer else NONE
 

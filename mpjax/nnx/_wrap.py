@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from .._adapters import POLICY, ROOT, floating_name, no_effect_message, output_dtype_at
-from .._decisions import NONE, Decision, at_path, of_author
+from .._decisions import NONE, Decision, at_path, of_attention, of_author
 from .._paths import check_keys, join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
@@ -44,7 +44,7 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
         for path, each in modules.items():
             root, own = policy if each is module else None, author_dtype(each)
             if root is not None or own is None:
-                decision = at_path(policy, join(path)) if is_layer(each) else NONE
+                decision = _decision(policy, join(path), each)
                 output_dtype = output_dtype_at(policy, join(path))
                 _adopt(each, resolved[path], output_dtype, root, decision)
             else:
@@ -154,6 +154,13 @@ def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
         position.append(list(items).index(key) if isinstance(items, dict) else key)
         node = items[key]
     return tuple(position)
+
+
+def _decision(policy: Any, path: str, module: nnx.Module) -> Decision:
+    """What the policy decided about the products of a layer; nothing about those of others."""
+    if isinstance(module, nnx.MultiHeadAttention):
+        return of_attention(policy, path)
+    return at_path(policy, path) if is_layer(module) else NONE
 
 
 def _adopt(
