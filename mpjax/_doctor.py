@@ -20,8 +20,6 @@ _EXTRAS = {
     "progress": "a bar while batches calibrate a model",
     "tpu": "the TPU compiler, which needs no TPU: explain and tests for TPUs",
     "cuda-compile": "the NVIDIA compiler, which needs no GPU: explain and tests for GPUs",
-    "tpu-compile": "the TPU compiler, which needs no TPU",
-    "gpu-compile": "the NVIDIA compiler, which needs no GPU",
     "demo": "what `make demo` plots and prints with",
     "encoder": "what examples/quantize_sentence_encoder.py needs",
     "bench": "the libraries that benchmarks/ compares with",

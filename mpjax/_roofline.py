@@ -101,6 +101,7 @@ def roofline(
         8 bits    for x, and for w if it is not stored in 8 bits already
                       b x / bandwidth              to find the scale, unless it is known before
                       (b x + x) / bandwidth        to read, round and write
+                      or x / quantizes for both, where the vector units take longer
                   max(2 n / rate(8 bits), (x + w + b y) / bandwidth)
                   (4 y + 4 y) / bandwidth          to write the sums, and read them to be scaled,
                                                    which TPUs do on the way out of the product
@@ -108,9 +109,9 @@ def roofline(
     So where memory is the limit, as in decoding, a stored weight saves (b - 1) w bytes. Where
     arithmetic is, the product gains 2 n (1 / rate - 1 / rate8), which pays for the passes over x if
 
-        columns > (2 b + 1) / bandwidth / (2 / rate - 2 / rate8)
+        columns > max((2 b + 1) / bandwidth, 1 / quantizes) / (2 / rate - 2 / rate8)
 
-    (from bfloat16 about 2,800 columns on v6e, 1,200 on v5e, 1,600 on TPU7x, 1,000 on an H200; from
+    (from bfloat16 about 6,900 columns on v6e, 3,500 on v5e, 4,800 on TPU7x, 1,000 on an H200; from
     float32 77 on a CPU with VNNI), and likewise, with rows, for the passes over a weight that is
     quantized at every call. That the compiler may fuse a cast with what made x is not counted, nor
     is the time to start a kernel: both are floors, by the target's published figures.
@@ -126,18 +127,22 @@ def roofline(
     """
     width, operations = jnp.dtype(compute_dtype).itemsize, 2 * size.output * size.terms
     x, w, y = size.activation, size.weight, size.output
-    finds = 0 if is_scale_known else 1
-    casts = ((finds + 1) * width + 1) * x
-    casts += 0 if is_stored else ((finds + 1) * weight_bytes + 1) * w
-    scales = 0 if target.platform == "tpu" else 8 * y
+    passes = 1 if is_scale_known else 2
+    scales = 0 if target.platform == "tpu" else 8 * y / target.bandwidth
     plain = width * (x + y) + weight_bytes * w
     narrow = x + w + width * y
 
     def product(dtype: str, moved: int) -> float:
         return max(operations / target.rate(dtype), moved / target.bandwidth)
 
-    passes = (casts + scales) / target.bandwidth
-    return Roofline(product(compute_dtype, plain), passes + product(format, narrow))
+    def casts(entries: int, bytes_each: int) -> float:
+        moved = (passes * bytes_each + 1) * entries / target.bandwidth
+        counted = 0 if target.quantizes is None else entries * passes / 2 / target.quantizes
+        return max(moved, counted)
+
+    quantizing = casts(x, width) + (0 if is_stored else casts(w, weight_bytes))
+    quantized = quantizing + product(format, narrow) + scales
+    return Roofline(product(compute_dtype, plain), quantized)
 
 
 def why_plain(target: Target, size: ProductSize, **how: Any) -> str | None:

@@ -26,6 +26,8 @@ class Target:
             alike. A dict at construction, sorted pairs afterwards. float32 is at JAX' default
             precision: one bfloat16 pass on TPUs, TensorFloat-32 on NVIDIA GPUs.
         bandwidth: Bytes per second that its memory reads or writes.
+        quantizes: Entries per second that its vector units quantize to 8 bits by rows, the search
+            for the scale included; None: as fast as memory moves them.
         memory_bytes: The size of its memory; None where the name does not say it.
         tile: The contracting and the output axis of an 8-bit product are padded to multiples of
             this.
@@ -40,6 +42,7 @@ class Target:
     platform: str
     peak: Mapping[str, float] | tuple[tuple[str, float], ...]
     bandwidth: float
+    quantizes: float | None = None
     memory_bytes: int | None = None
     tile: int = 1
     weight_layout: str = "KN"

@@ -6,6 +6,8 @@ from ._target import Target
 
 _JAX = "jax/_src/pallas/mosaic/tpu_info.py of JAX 0.10.2"
 _CLOUD = "https://docs.cloud.google.com/tpu/docs"
+# `quantizes` of TPUs: by the cycles that libtpu 0.0.42 expects the two passes over bfloat16 of
+# 4096 x 4096 to take, in units of the product's at its peak rate (test_auto8_tpu_compile.py).
 # E4M3 with an infinity, as JAX and mpjax store it, is emulated there: these two are native.
 _V5_FLOAT8 = ("float8_e5m2", "float8_e4m3b11fnuz")
 _T, _GB = 1e12, 10**9
@@ -58,6 +60,7 @@ ACCELERATORS = (
         also={"int8": 394, "int4": 788, **dict.fromkeys(_V5_FLOAT8, 197)},
         memory_bytes=16 * _GB,
         bandwidth=0.819 * _T,
+        quantizes=56e9,
         tile=128,
         source=f"{_JAX}; {_CLOUD}/v5e. float8_e4m3fn is emulated",
     ),
@@ -68,6 +71,7 @@ ACCELERATORS = (
         also={"int8": 918, "int4": 1840, **dict.fromkeys(_V5_FLOAT8, 459)},
         memory_bytes=95 * _GB,
         bandwidth=2.765 * _T,
+        quantizes=160e9,
         tile=128,
         source=f"{_JAX}; {_CLOUD}/v5p. float8_e4m3fn is emulated",
     ),
@@ -78,6 +82,7 @@ ACCELERATORS = (
         also={"int8": 1836, "int4": 3680, **dict.fromkeys(_V5_FLOAT8, 918)},
         memory_bytes=32 * _GB,
         bandwidth=1.638 * _T,
+        quantizes=134e9,
         tile=256,
         source=f"{_JAX}; {_CLOUD}/v6e. float8_e4m3fn is emulated, and float8 no faster than "
         "bfloat16",
@@ -89,6 +94,7 @@ ACCELERATORS = (
         also={"float8_e4m3fn": 4614, "float8_e5m2": 4614},
         memory_bytes=192 * _GB,
         bandwidth=7.38 * _T,
+        quantizes=480e9,
         tile=256,
         devices=2,
         source=f"{_JAX}; {_CLOUD}/tpu7x. No integer products",

@@ -73,6 +73,30 @@ class Thin(nn.Module):
         return nn.Dense(128, name="thin")(nn.gelu(nn.Dense(8192, name="wide")(x)))
 
 
+def cycles(text):
+    """The compiler's estimates: of the product, and of all that runs beside it."""
+    took = {True: 0, False: 0}
+    for line in text[text.index("ENTRY") :].splitlines():
+        found = re.search(r'"estimated_cycles":"(\d+)"', line)
+        took["kind=kOutput" in line] += int(found[1]) if found else 0
+    return took[True], took[False]
+
+
+@pytest.mark.parametrize("chip", OPERANDS)
+def test_the_table_quantizes_as_fast_as_the_compiler_expects(compiled, chip):
+    target, x = mp.resolve_target(chip), jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    took = {}
+    for policy in (AUTO8, "mixed_bfloat16"):
+        model = mp.wrap(nn.Dense(4096, use_bias=False, param_dtype=x.dtype), policy, target=chip)
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        if policy == AUTO8:
+            variables = jax.eval_shape(lambda v, m=model: mp.quantize(m, v, x), variables)
+        took[policy] = cycles(compiled(chip, model.apply, variables, x).as_text())
+    plain, casts = took["mixed_bfloat16"][0], took[AUTO8][1]
+    seconds = casts / plain * 2 * 4096**3 / target.rate("bfloat16")
+    assert x.size / seconds == pytest.approx(target.quantizes, rel=0.1)
+
+
 def test_a_profitable_model_leaves_the_thin_layer(compiled):
     model = mp.wrap(Thin(), AUTO8, target="v6e", when="profitable")
     x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16)
