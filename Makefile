@@ -39,7 +39,7 @@ test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
-test-tpu: .venv/dev,tpu-compile.stamp
+test-tpu: .venv/dev,tpu.stamp
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile $(ARGS)
 
 # The same of the NVIDIA compiler. Autotuning would run kernels on the GPU that is not there.
@@ -51,7 +51,7 @@ test-gpu: .venv-gpu/stamp
 # says on stderr that there is none.
 .venv-gpu/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --editable ".[dev,gpu-compile]"
+	.venv-gpu/bin/python -m pip install --quiet --editable ".[dev,cuda-compile]"
 	@touch $@
 
 # The variable stops the pyright wrapper from asking the network for a newer version.
