@@ -10,7 +10,8 @@ from ._hlo_traffic import Traffic
 # In one word, why a product is not in 8 bits, and what that means.
 REASONS = {
     "": "multiplied in 8 bits",
-    "policy": "the policy leaves it: another layer, attention, a gradient, or weights only",
+    "policy": "the policy leaves it: another layer, attention, or a gradient",
+    "weights": "only its weight is in few bits, and is multiplied by wider activations",
     "unmatched": "no key of the policy map matches the layer, and its default is not quantized",
     "island": "the layer computes in a wider dtype than those around it",
     "author": "the layer's author gave it a dtype or a product of its own",
@@ -20,7 +21,7 @@ REASONS = {
     "dequantized": "its weight is stored in few bits, and was made floats before the product",
     "emulated": "the target has no unit for these operands, and computes in wider ones",
 }
-_NO_MISS = ("", "policy")
+_NO_MISS = ("", "policy", "weights")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -234,7 +234,7 @@ def _back(program: Program, runs: Runs, place: _Place) -> Iterator[_Place]:
             yield _Place(within, operands[0], element)
     elif opcode in ("opt-barrier", "optimization-barrier"):
         yield _Place(within, operands[element if len(operands) > 1 else 0], element)
-    elif opcode == "concatenate" or is_concat_bitcast(instruction):
+    elif opcode == "concatenate" or _is_concat_bitcast(instruction):
         yield from (_Place(within, each) for each in operands)
     elif opcode in _MOVES:
         yield _Place(within, operands[0], element if opcode.startswith("async") else 0)
@@ -251,7 +251,7 @@ def _is_spread(within: Computation, operand: Instruction) -> bool:
     return is_few or operand.shape.dtype == "pred"
 
 
-def is_concat_bitcast(instruction: Instruction) -> bool:
+def _is_concat_bitcast(instruction: Instruction) -> bool:
     """Whether it only says that arrays lie behind each other: a TPU fetches large ones in parts."""
     return instruction.text("custom_call_target") == "ConcatBitcast"
 
