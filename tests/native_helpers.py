@@ -14,7 +14,7 @@ MATRIX = (((1,), (0,)), ((), ()))
 FORMATS = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 DOT, QUANTIZE = (
     'custom_call_target="mpjax_float8_dot"',
-    'custom_call_target="mpjax_float8_quantize"',
+    'custom_call_target="mpjax_quantize"',
 )
 
 

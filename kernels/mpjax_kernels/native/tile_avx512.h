@@ -1,0 +1,167 @@
+// What products share on AVX-512: turning a block of numbers, and scaling, casting and writing sums.
+// Compiled once for each instruction set, so all is in an unnamed namespace.
+
+#ifndef MPJAX_KERNELS_NATIVE_TILE_AVX512_H_
+#define MPJAX_KERNELS_NATIVE_TILE_AVX512_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "dot.h"
+
+namespace mpjax {
+namespace {
+
+// Exchanges rows and columns of a matrix of 16 x 16 numbers of 32 bits.
+inline void Transpose(__m512i (&rows)[16]) {
+  __m512i pairs[16], fours[16];
+  for (int i = 0; i < 8; ++i) {
+    pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512i first = pairs[4 * i + j], second = pairs[4 * i + 2 + j];
+      fours[4 * i + 2 * j] = _mm512_unpacklo_epi64(first, second);
+      fours[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(first, second);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xDD);
+    const __m512i c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xDD);
+    rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
+    rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
+  }
+}
+
+// Stores a step of 16 lanes into one panel, or into two.
+inline void StoreStep(__m512i lanes, int64_t step, uint16_t* first, uint16_t* second) {
+  if (second == nullptr) {
+    _mm512_storeu_si512(first + step * kLaneNumbers * kColumns, lanes);
+    return;
+  }
+  const int64_t at = step * kLaneNumbers * kRows;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + at), _mm512_castsi512_si256(lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + at), _mm512_extracti64x4_epi64(lanes, 1));
+}
+
+// `Rows` rows by `Panels` panels of 16 columns: up to 24 registers of sums. `Add` adds to 16 of them
+// the products of a step, of 16 columns and of one row, that is broadcast.
+template <typename Add, int Rows, int Panels>
+void MultiplyPanels(const uint16_t* left, const uint16_t* right, int64_t panel_stride,
+                    int64_t steps, bool add, Sum* sums) {
+  __m512i total[Rows][Panels];
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 3
+    for (int panel = 0; panel < Panels; ++panel) {
+      const Sum* at = sums + row * kWidth + panel * kColumns;
+      total[row][panel] = add ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
+    }
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    __m512i columns[Panels];
+#pragma GCC unroll 3
+    for (int panel = 0; panel < Panels; ++panel) {
+      const int64_t at = panel * panel_stride + step * kLaneNumbers * kColumns;
+      columns[panel] = _mm512_loadu_si512(right + at);
+    }
+    const int* rows = reinterpret_cast<const int*>(left + step * kLaneNumbers * kRows);
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) {
+      const __m512i terms = _mm512_set1_epi32(rows[row]);
+#pragma GCC unroll 3
+      for (int panel = 0; panel < Panels; ++panel) {
+        total[row][panel] = Add::To(total[row][panel], columns[panel], terms);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 3
+    for (int panel = 0; panel < Panels; ++panel) {
+      _mm512_storeu_si512(sums + row * kWidth + panel * kColumns, total[row][panel]);
+    }
+  }
+}
+
+template <typename Add, int Rows>
+void MultiplyRows(const uint16_t* left, const uint16_t* right, int64_t panel_stride, int panels,
+                  int64_t steps, bool add, Sum* sums) {
+  static_assert(kColumnPanels == 3, "one case per number of panels");
+  switch (panels) {
+    case 1:
+      return MultiplyPanels<Add, Rows, 1>(left, right, panel_stride, steps, add, sums);
+    case 2:
+      return MultiplyPanels<Add, Rows, 2>(left, right, panel_stride, steps, add, sums);
+    default:
+      return MultiplyPanels<Add, Rows, 3>(left, right, panel_stride, steps, add, sums);
+  }
+}
+
+// As many rows as there are, or a few more.
+template <typename Add>
+void MultiplyTile(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
+                  int panels, int64_t steps, bool add, Sum* sums) {
+  static_assert(kRows == 8, "one case per number of rows");
+  const auto multiply = rows == 1   ? MultiplyRows<Add, 1>
+                        : rows == 2 ? MultiplyRows<Add, 2>
+                        : rows <= 4 ? MultiplyRows<Add, 4>
+                                    : MultiplyRows<Add, 8>;
+  multiply(left, right, panel_stride, panels, steps, add, sums);
+}
+
+// To nearest even, in integers: `vcvtneps2bf16` would flush subnormal numbers to zero.
+inline __m256i ToBfloat16(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+inline void WriteFloat32(__m512 values, __mmask16 mask, bool is_large, float* out) {
+  if (is_large && mask == 0xFFFF && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    _mm512_stream_ps(out, values);
+  } else {
+    _mm512_mask_storeu_ps(out, mask, values);
+  }
+}
+
+// Scales, casts and writes a tile, of which `load(row, sums)` makes 16 sums float32.
+template <typename Load>
+void WriteTile(const Sum* sums, int64_t rows, int64_t columns, const Target& target,
+               const Load& load) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m512 row_scale = _mm512_set1_ps(target.row_scales[i * target.row_scale_stride]);
+    for (int64_t j = 0; j < columns; j += 16) {
+      const int64_t here = columns - j < 16 ? columns - j : 16;
+      const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
+      const __m512 column_scale = _mm512_maskz_loadu_ps(mask, target.column_scales + j);
+      const __m512 sum = load(i, sums + i * kWidth + j);
+      const __m512 first = target.columns_first ? column_scale : row_scale;
+      const __m512 second = target.columns_first ? row_scale : column_scale;
+      const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, first), second);
+      const int64_t at = i * target.row_stride + j;
+      if (target.is_bfloat16) {
+        uint16_t* out = static_cast<uint16_t*>(target.out) + at;
+        _mm256_mask_storeu_epi16(out, mask, ToBfloat16(scaled));
+      } else {
+        WriteFloat32(scaled, mask, target.is_large, static_cast<float*>(target.out) + at);
+      }
+    }
+  }
+  if (target.is_large) _mm_sfence();
+}
+
+}  // namespace
+}  // namespace mpjax
+
+#endif  // MPJAX_KERNELS_NATIVE_TILE_AVX512_H_
