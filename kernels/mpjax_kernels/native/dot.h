@@ -15,8 +15,9 @@ namespace mpjax {
 // of the other operand.
 inline constexpr int kRows = 8;          // lanes of a left panel
 inline constexpr int kColumns = 16;      // lanes of a right panel
-inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at once
+inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at once, at most
 inline constexpr int kFewRows = 32;      // with fewer, columns are multiplied as they come
+inline constexpr int kPackLanes = 64;    // lanes that are packed at once: a cache line, if stored so
 inline constexpr int kTermsPerPack = 4;  // what is packed is a multiple of so many terms
 inline constexpr int kLaneNumbers = 2;   // uint16 that a lane takes in each step
 
@@ -29,7 +30,15 @@ struct Source {
   const DecodeTable* table;  // of float8; null for int8
 };
 
-inline constexpr int kWidth = kColumnPanels * kColumns;  // numbers in a row of a tile of sums
+// What becomes of packed numbers: panels one after the other, of the left or of the right operand.
+struct Panels {
+  uint16_t* data;
+  int64_t stride;   // from one panel to the next, in numbers
+  bool is_left;     // panels of kRows lanes, else of kColumns
+  int32_t* excess;  // what the sums of each left lane will be too large by; null for the right one
+};
+
+inline constexpr int kWidth = kPackLanes;  // numbers from a row of a tile of sums to the next
 
 // Sums of products: float32 of float8, int32 of int8.
 union Sum {
@@ -54,11 +63,9 @@ struct Target {
 struct DotKernels {
   int terms_per_step;
 
-  // Packs kColumns lanes of `source`, of which `lanes` exist, and `terms` terms: into one panel of
-  // kColumns lanes of the right operand, or into two of kRows of the left one, if `second` is not
-  // null. Of the left one's lanes `excess` gets what their sums will be too large by.
-  void (*pack)(const Source& source, int lanes, int64_t terms, uint16_t* first, uint16_t* second,
-               int32_t* excess);
+  // Packs `lanes` lanes of `source`, at most kPackLanes, and `terms` terms of each. Further lanes are
+  // added up to a multiple of kColumns.
+  void (*pack)(const Source& source, int lanes, int64_t terms, const Panels& to);
 
   // sums[row * kWidth + column] = or, if `add`, += the products of the first `rows` lanes of a left
   // panel, or more, and `panels` right panels, each `panel_stride` numbers after the one before.

@@ -45,55 +45,25 @@ class Decoder {
   __m512i high_[2], low_[2], order_[2];
 };
 
-// Terms next to each other: 64 terms of 16 lanes at a time, in groups of four, exchanged.
-void PackTermsFirst(const Decoder& decoder, const Source& source, int lanes, int64_t terms,
-                    uint16_t* first, uint16_t* second) {
-  for (int64_t start = 0; start < terms; start += 64) {
-    const int64_t here = terms - start < 64 ? terms - start : 64;
-    const __mmask64 mask = here == 64 ? ~__mmask64{0} : (__mmask64{1} << here) - 1;
-    __m512i rows[16];
-    for (int lane = 0; lane < 16; ++lane) {
-      const uint8_t* at = source.data + lane * source.lane_stride + start;
-      rows[lane] = lane < lanes ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
-    }
-    Transpose(rows);
-    const int groups = static_cast<int>((here + 3) / 4);
-    for (int group = 0; group < groups; ++group) {
-      __m512i pairs[2];
-      decoder.Decode(rows[group], pairs[0], pairs[1]);
-      for (int p = 0; p < 2; ++p) StoreStep(pairs[p], start / 2 + 2 * group + p, first, second);
-    }
-  }
-}
+class Packer {
+ public:
+  Packer(const DecodeTable& table, const Panels& to) : decoder_(table), to_(to) {}
 
-// Lanes next to each other: four terms of 16 lanes at a time.
-void PackLanesFirst(const Decoder& decoder, const Source& source, int lanes, int64_t terms,
-                    uint16_t* first, uint16_t* second) {
-  const __mmask16 mask = static_cast<__mmask16>((1u << lanes) - 1);
-  alignas(64) uint8_t indices[64];  // [term][lane] to [lane][term]
-  for (int i = 0; i < 64; ++i) indices[i] = static_cast<uint8_t>(16 * (i % 4) + i / 4);
-  const __m512i order = _mm512_load_si512(indices);
-  for (int64_t term = 0; term < terms; term += 4) {
-    __m128i rows[4];
-    for (int t = 0; t < 4; ++t) {
-      const uint8_t* at = source.data + (term + t) * source.term_stride;
-      rows[t] = term + t < terms ? _mm_maskz_loadu_epi8(mask, at) : _mm_setzero_si128();
-    }
-    __m512i bytes = _mm512_castsi128_si512(rows[0]);
-    bytes = _mm512_inserti32x4(bytes, rows[1], 1);
-    bytes = _mm512_inserti32x4(bytes, rows[2], 2);
-    bytes = _mm512_inserti32x4(bytes, rows[3], 3);
+  void Take(__m512i bytes, int64_t four, int group) {
     __m512i pairs[2];
-    decoder.Decode(_mm512_permutexvar_epi8(order, bytes), pairs[0], pairs[1]);
-    for (int p = 0; p < 2; ++p) StoreStep(pairs[p], term / 2 + p, first, second);
+    decoder_.Decode(bytes, pairs[0], pairs[1]);
+    for (int p = 0; p < 2; ++p) StoreStep(pairs[p], 2 * four + p, group, to_);
   }
-}
 
-void Pack(const Source& source, int lanes, int64_t terms, uint16_t* first, uint16_t* second,
-          int32_t*) {
-  const Decoder decoder(*source.table);
-  const auto pack = source.term_stride == 1 ? PackTermsFirst : PackLanesFirst;
-  pack(decoder, source, lanes, terms, first, second);
+ private:
+  const Decoder decoder_;
+  const Panels to_;
+};
+
+void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
+  Packer packer(*source.table, to);
+  const auto pack = source.term_stride == 1 ? PackTermsFirst<Packer> : PackLanesFirst<Packer>;
+  pack(source, lanes, terms, packer);
 }
 
 struct AddPairs {

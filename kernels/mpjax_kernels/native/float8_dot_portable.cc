@@ -14,24 +14,14 @@ float FromBfloat16(uint16_t number) {
   return value;
 }
 
-void Pack(const Source& source, int lanes, int64_t terms, uint16_t* first, uint16_t* second,
-          int32_t*) {
+void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
   const DecodeTable& table = *source.table;
-  const int64_t padded = (terms + kTermsPerPack - 1) / kTermsPerPack * kTermsPerPack;
-  for (int64_t term = 0; term < padded; ++term) {
-    for (int lane = 0; lane < kColumns; ++lane) {
-      uint16_t number = 0;
-      if (term < terms && lane < lanes) {
-        const uint8_t bits =
-            source.data[lane * source.lane_stride + term * source.term_stride];
-        const int high = table.high[bits & 0x7F] | (bits & 0x80);
-        number = static_cast<uint16_t>((high << 8) | table.low[bits & 0x7F]);
-      }
-      const int width = second == nullptr ? kColumns : kRows;
-      uint16_t* panel = lane < width ? first : second;
-      panel[(term / 2) * 2 * width + 2 * (lane % width) + term % 2] = number;
-    }
-  }
+  ForEachPacked(source, lanes, terms, to.is_left, [&](uint8_t bits, int panel, int width, int lane,
+                                                      int64_t term) {
+    const int high = table.high[bits & 0x7F] | (bits & 0x80);
+    to.data[panel * to.stride + (term / 2) * 2 * width + 2 * lane + term % 2] =
+        static_cast<uint16_t>((high << 8) | table.low[bits & 0x7F]);
+  });
 }
 
 void Multiply(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,

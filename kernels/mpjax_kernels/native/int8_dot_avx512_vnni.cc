@@ -9,6 +9,8 @@
 
 #if defined(__AVX512VNNI__)
 
+#include <type_traits>
+
 #include "tile_avx512.h"
 
 namespace mpjax {
@@ -24,80 +26,32 @@ inline __m512i Unsigned(__m512i bytes) {
   return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
 }
 
-inline __mmask64 MaskOf(int64_t count) {
-  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
-}
-
-// Takes the steps of 16 lanes one by one: stores them, and adds up the left operand's terms.
 class Packer {
  public:
-  Packer(uint16_t* first, uint16_t* second) : first_(first), second_(second) {}
+  explicit Packer(const Panels& to) : to_(to) {}
 
-  void Step(__m512i lanes, int64_t step) {
-    if (second_ == nullptr) return StoreStep(Unsigned(lanes), step, first_, nullptr);
-    total_ = _mm512_dpbusd_epi32(total_, _mm512_set1_epi8(1), lanes);
-    StoreStep(lanes, step, first_, second_);
+  void Take(__m512i bytes, int64_t four, int group) {
+    if (!to_.is_left) return StoreStep(Unsigned(bytes), four, group, to_);
+    total_[group] = _mm512_dpbusd_epi32(total_[group], _mm512_set1_epi8(1), bytes);
+    StoreStep(bytes, four, group, to_);
   }
 
-  void Finish(int32_t* excess) const {
-    if (second_ != nullptr) _mm512_storeu_si512(excess, _mm512_slli_epi32(total_, 7));
+  void Finish(int lanes) const {
+    for (int group = 0; to_.is_left && 16 * group < lanes; ++group) {
+      _mm512_storeu_si512(to_.excess + 16 * group, _mm512_slli_epi32(total_[group], 7));
+    }
   }
 
  private:
-  uint16_t* first_;
-  uint16_t* second_;
-  __m512i total_ = _mm512_setzero_si512();
+  const Panels to_;
+  __m512i total_[kPackLanes / 16] = {};
 };
 
-// Terms next to each other: 64 terms of 16 lanes at a time, in groups of four, exchanged.
-void PackTermsFirst(const Source& source, int lanes, int64_t terms, Packer& packer) {
-  for (int64_t start = 0; start < terms; start += 64) {
-    const __mmask64 mask = MaskOf(terms - start);
-    __m512i rows[16];
-    for (int lane = 0; lane < 16; ++lane) {
-      const uint8_t* at = source.data + lane * source.lane_stride + start;
-      rows[lane] = lane < lanes ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
-    }
-    Transpose(rows);
-    if (terms - start >= 64) {
-#pragma GCC unroll 16
-      for (int step = 0; step < 16; ++step) packer.Step(rows[step], start / 4 + step);
-    } else {
-      const int steps = static_cast<int>((terms - start + 3) / 4);
-      for (int step = 0; step < steps; ++step) packer.Step(rows[step], start / 4 + step);
-    }
-  }
-}
-
-// Lanes next to each other: four terms of 16 lanes at a time, [term][lane] to [lane][term]. First
-// each four lanes' bytes are brought together, then turned.
-void PackLanesFirst(const Source& source, int lanes, int64_t terms, Packer& packer) {
-  const __mmask16 mask = static_cast<__mmask16>((1u << lanes) - 1);
-  const __m512i fours =
-      _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  const __m512i turn = _mm512_broadcast_i32x4(
-      _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
-  for (int64_t term = 0; term < terms; term += 4) {
-    __m128i rows[4];
-    for (int t = 0; t < 4; ++t) {
-      const uint8_t* at = source.data + (term + t) * source.term_stride;
-      rows[t] = term + t < terms ? _mm_maskz_loadu_epi8(mask, at) : _mm_setzero_si128();
-    }
-    __m512i bytes = _mm512_castsi128_si512(rows[0]);
-    bytes = _mm512_inserti32x4(bytes, rows[1], 1);
-    bytes = _mm512_inserti32x4(bytes, rows[2], 2);
-    bytes = _mm512_inserti32x4(bytes, rows[3], 3);
-    bytes = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(fours, bytes), turn);
-    packer.Step(bytes, term / 4);
-  }
-}
-
-void Pack(const Source& source, int lanes, int64_t terms, uint16_t* first, uint16_t* second,
-          int32_t* excess) {
-  Packer packer(first, second);
-  const auto pack = source.term_stride == 1 ? PackTermsFirst : PackLanesFirst;
+void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
+  Packer packer(to);
+  const auto pack = source.term_stride == 1 ? PackTermsFirst<Packer> : PackLanesFirst<Packer>;
   pack(source, lanes, terms, packer);
-  packer.Finish(excess);
+  packer.Finish(lanes);
 }
 
 // The sums of all 16 numbers of four registers.
@@ -122,8 +76,9 @@ inline int32_t ExcessOf(const uint8_t* row, int64_t terms) {
   return static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(total)) << 7);
 }
 
-// `Rows` rows by `Columns` columns, one or four, 64 terms of each at a time.
-template <int Rows, int Columns>
+// `Rows` rows by `Columns` columns, one or four, 64 terms of each at a time. If `Ahead`, the columns
+// that follow are fetched meanwhile: the hardware stops at the end of a page.
+template <int Rows, int Columns, bool Ahead>
 void MultiplyLanes(const Source& left, const Source& right, int64_t terms, const int32_t* excess,
                    Sum* sums) {
   __m512i total[Rows][4];
@@ -149,6 +104,11 @@ void MultiplyLanes(const Source& left, const Source& right, int64_t terms, const
   };
   const int64_t whole = terms / 64 * 64;
   for (int64_t term = 0; term < whole; term += 64) {
+#pragma GCC unroll 4
+    for (int column = 0; Ahead && column < Columns; ++column) {
+      const uint8_t* next = right.data + (Columns + column) * right.lane_stride + term;
+      _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+    }
     add(term, [](const uint8_t* at) { return _mm512_loadu_si512(at); });
   }
   if (whole < terms) {
@@ -171,14 +131,17 @@ void MultiplyLanes(const Source& left, const Source& right, int64_t terms, const
 template <int Columns>
 void MultiplyColumns(Source left, int64_t rows, const Source& right, int64_t terms,
                      const int32_t* excess, Sum* sums) {
-  for (int64_t row = 0; row < rows; row += 4) {
-    const auto multiply = rows - row == 1   ? MultiplyLanes<1, Columns>
-                          : rows - row == 2 ? MultiplyLanes<2, Columns>
-                          : rows - row == 3 ? MultiplyLanes<3, Columns>
-                                            : MultiplyLanes<4, Columns>;
+  const auto multiply_four = [&](auto ahead, int64_t row) {
+    constexpr bool kAhead = decltype(ahead)::value;
+    const auto multiply = rows - row == 1   ? MultiplyLanes<1, Columns, kAhead>
+                          : rows - row == 2 ? MultiplyLanes<2, Columns, kAhead>
+                          : rows - row == 3 ? MultiplyLanes<3, Columns, kAhead>
+                                            : MultiplyLanes<4, Columns, kAhead>;
     multiply(left, right, terms, excess + row, sums + row * kWidth);
     left.data += 4 * left.lane_stride;
-  }
+  };
+  multiply_four(std::true_type(), 0);
+  for (int64_t row = 4; row < rows; row += 4) multiply_four(std::false_type(), row);
 }
 
 void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t columns,

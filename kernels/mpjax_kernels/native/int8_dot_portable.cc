@@ -1,25 +1,16 @@
 // The product of int8 matrices in plain C++, which is right on every machine.
 
-#include <cstring>
-
 #include "tile_portable.h"
 
 namespace mpjax {
 namespace {
 
-void Pack(const Source& source, int lanes, int64_t terms, uint16_t* first, uint16_t* second,
-          int32_t*) {
-  const int64_t padded = (terms + kTermsPerPack - 1) / kTermsPerPack * kTermsPerPack;
-  const int width = second == nullptr ? kColumns : kRows;
-  for (int64_t term = 0; term < padded; ++term) {
-    for (int lane = 0; lane < kColumns; ++lane) {
-      const bool exists = term < terms && lane < lanes;
-      const int64_t from = lane * source.lane_stride + term * source.term_stride;
-      uint16_t* panel = lane < width ? first : second;
-      uint8_t* step = reinterpret_cast<uint8_t*>(panel + (term / 4) * kLaneNumbers * width);
-      step[4 * (lane % width) + term % 4] = exists ? source.data[from] : 0;
-    }
-  }
+void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
+  ForEachPacked(source, lanes, terms, to.is_left, [&](uint8_t bits, int panel, int width, int lane,
+                                                      int64_t term) {
+    uint16_t* step = to.data + panel * to.stride + (term / 4) * kLaneNumbers * width;
+    reinterpret_cast<uint8_t*>(step)[4 * lane + term % 4] = bits;
+  });
 }
 
 void Multiply(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kTileRows = 64, kTileColumns = kColumnPanels * kColumns;
 constexpr int64_t kSteps = 256;  // steps that are multiplied at a time
+constexpr int64_t kFewRowSteps = 128;  // the same where columns are packed as they come
 constexpr int64_t kBlockNumbers = int64_t{1} << 20;  // of packed numbers of an operand: 2 MiB
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
@@ -47,13 +48,15 @@ class Blocks {
     const bool at_once = p_.left.lanes > kFewRows, unpacked = !at_once && IsBetterUnpacked();
     const int64_t rows = Whole(most, kTileRows, p_.left.lanes);
     const int64_t columns = at_once ? Whole(most, kTileColumns, p_.right.lanes) : p_.right.lanes;
-    Scratch left(static_cast<size_t>(unpacked ? 1 : rows * kLaneNumbers * steps_));
+    row_numbers_ = unpacked ? CopyNumbers() : kLaneNumbers * steps_;
+    Scratch left(static_cast<size_t>(rows * row_numbers_));
     Scratch right(static_cast<size_t>(at_once ? columns * kLaneNumbers * steps_ : 1));
     Scratch excess(static_cast<size_t>(rows * 2));
     if (left.data() == nullptr || right.data() == nullptr || excess.data() == nullptr) return false;
     excess_ = reinterpret_cast<int32_t*>(excess.data());
     left_ = left.data();
     right_ = right.data();
+    if (unpacked) CopyRows();
     for (int64_t row = 0; row < p_.left.lanes; row += rows) {
       first_row_ = row;
       rows_ = std::min(rows, p_.left.lanes - row);
@@ -61,13 +64,15 @@ class Blocks {
         first_column_ = column;
         columns_ = std::min(columns, p_.right.lanes - column);
         // What is packed already stays: the rows, and columns that are one block.
-        const int64_t row_panels = column == 0 && !unpacked ? DivideUp(rows_, 2 * kRows) : 0;
+        const int64_t row_panels = column == 0 && !unpacked ? DivideUp(rows_, kPackLanes) : 0;
         const bool packed = row > 0 && columns_ == p_.right.lanes;
-        const int64_t column_panels = at_once && !packed ? DivideUp(columns_, kColumns) : 0;
-        PackAndMultiply(loop, row_panels, column_panels,
-                        unpacked  ? &Blocks::MultiplyUnpacked
-                        : at_once ? &Blocks::MultiplyPacked
-                                  : &Blocks::PackAndMultiplyColumns);
+        const int64_t column_panels = at_once && !packed ? DivideUp(columns_, kPackLanes) : 0;
+        if (at_once) {
+          PackAndMultiply(loop, row_panels, column_panels, kTileColumns, &Blocks::MultiplyPacked);
+        } else {
+          PackAndMultiply(loop, row_panels, 0, kPackLanes,
+                          unpacked ? &Blocks::MultiplyUnpacked : &Blocks::PackAndMultiplyColumns);
+        }
       }
     }
     return true;
@@ -80,13 +85,23 @@ class Blocks {
            p_.left.lanes <= std::max(kUnpackedRows, p_.terms / kTermsPerUnpackedRow);
   }
 
+  // Rows that lie a multiple of the pages' size apart push each other out of the caches.
+  int64_t CopyNumbers() const { return (DivideUp(p_.terms, 64) + 1) * 32; }
+
+  void CopyRows() {
+    for (int64_t row = 0; row < p_.left.lanes; ++row) {
+      std::memcpy(left_ + row * row_numbers_, At(p_.left, row, 0).data,
+                  static_cast<size_t>(p_.terms));
+    }
+  }
+
   static int64_t Whole(int64_t most, int64_t tile, int64_t lanes) {
     return std::min(std::max<int64_t>(1, most / tile), DivideUp(lanes, tile)) * tile;
   }
 
   // One loop over panels to pack and tiles to multiply. They are claimed in their order, so who has
   // a tile waits for panels that others are packing, never for one that nobody has begun.
-  void PackAndMultiply(Loop& loop, int64_t row_panels, int64_t column_panels,
+  void PackAndMultiply(Loop& loop, int64_t row_panels, int64_t column_panels, int64_t tile_columns,
                        void (Blocks::*multiply)(int64_t row, int64_t column)) {
     const int64_t panels = row_panels + column_panels;
     const int64_t row_tiles = DivideUp(rows_, kTileRows);
@@ -101,30 +116,31 @@ class Blocks {
         if (spins > kSpins) std::this_thread::yield();
       }
       const int64_t row = (i - panels) % row_tiles * kTileRows;
-      const int64_t column = (i - panels) / row_tiles * kTileColumns;
+      const int64_t column = (i - panels) / row_tiles * tile_columns;
       (this->*multiply)(row, column);
     };
-    loop(panels + row_tiles * DivideUp(columns_, kTileColumns), body);
+    loop(panels + row_tiles * DivideUp(columns_, tile_columns), body);
   }
 
-  void PackRows(int64_t panel) {
-    const int64_t row = panel * 2 * kRows;
+  void PackRows(int64_t i) {
+    const int64_t row = i * kPackLanes, stride = kRows * kLaneNumbers * steps_;
     uint16_t* to = left_ + row * kLaneNumbers * steps_;
-    PackLanes(p_.left, first_row_ + row, 2 * kRows, p_.terms, 0, to,
-              to + kRows * kLaneNumbers * steps_, excess_ + row);
+    PackLanes(p_.left, first_row_ + row, rows_ - row, p_.terms, 0,
+              {to, stride, true, excess_ + row});
   }
 
-  void PackColumns(int64_t panel) {
-    const int64_t column = panel * kColumns;
+  void PackColumns(int64_t i) {
+    const int64_t column = i * kPackLanes, stride = kColumns * kLaneNumbers * steps_;
     uint16_t* to = right_ + column * kLaneNumbers * steps_;
-    PackLanes(p_.right, first_column_ + column, kColumns, p_.terms, 0, to, nullptr, nullptr);
+    PackLanes(p_.right, first_column_ + column, columns_ - column, p_.terms, 0,
+              {to, stride, false, nullptr});
   }
 
-  // `width` lanes from `lane` on, of which some may not exist, and terms from `term` on.
-  void PackLanes(const Matrix& matrix, int64_t lane, int64_t width, int64_t terms, int64_t term,
-                 uint16_t* first, uint16_t* second, int32_t* excess) {
-    const int64_t lanes = std::min(width, matrix.lanes - lane);
-    kernels_.pack(At(matrix, lane, term), static_cast<int>(lanes), terms, first, second, excess);
+  // Lanes from `lane` on, `lanes` of them or as many as are packed at once, and terms from `term` on.
+  void PackLanes(const Matrix& matrix, int64_t lane, int64_t lanes, int64_t terms, int64_t term,
+                 const Panels& to) {
+    const int here = static_cast<int>(std::min<int64_t>(kPackLanes, lanes));
+    kernels_.pack(At(matrix, lane, term), here, terms, to);
   }
 
   static Source At(const Matrix& matrix, int64_t lane, int64_t term) {
@@ -134,61 +150,65 @@ class Blocks {
 
   // A tile of packed rows and columns; neighbouring ones share their columns.
   void MultiplyPacked(int64_t row, int64_t column) {
-    alignas(64) Sum sums[kTileRows * kTileColumns];
-    const uint16_t* panels = right_ + column * kLaneNumbers * steps_;
+    alignas(64) Sum sums[kTileRows * kWidth];
     const int64_t rows = std::min(kTileRows, rows_ - row);
     const int64_t width = std::min(kTileColumns, columns_ - column);
+    const int64_t stride = kColumns * kLaneNumbers * steps_;
     for (int64_t step = 0; step == 0 || step < steps_; step += kSteps) {
-      const int64_t here = std::min(kSteps, steps_ - step);
-      MultiplyTile(row, rows, width, step, here, panels + step * kLaneNumbers * kColumns,
-                   kColumns * kLaneNumbers * steps_, sums);
+      const uint16_t* panels = right_ + column * kLaneNumbers * steps_;
+      const Panels right = {const_cast<uint16_t*>(panels) + step * kLaneNumbers * kColumns, stride,
+                            false, nullptr};
+      MultiplyTile(row, rows, width, step, std::min(kSteps, steps_ - step), right, sums);
     }
     Write(sums, row, rows, first_column_ + column, width, excess_ + row);
   }
 
-  // All rows, which are few, by one tile of columns, packed in the first-level cache.
+  // All rows, which are few, by one tile of columns, packed in the first caches.
   void PackAndMultiplyColumns(int64_t, int64_t column) {
-    alignas(64) Sum sums[kFewRows * kTileColumns];
-    alignas(64) uint16_t panels[kTileColumns * kLaneNumbers * kSteps];
-    const int64_t first = first_column_ + column, panel_stride = kColumns * kLaneNumbers * kSteps;
-    const int64_t width = std::min(kTileColumns, columns_ - column);
-    for (int64_t step = 0; step == 0 || step < steps_; step += kSteps) {
-      const int64_t here = std::min(kSteps, steps_ - step);
+    alignas(64) Sum sums[kFewRows * kWidth];
+    alignas(64) uint16_t panels[kPackLanes * kLaneNumbers * kFewRowSteps];
+    const Panels right = {panels, kColumns * kLaneNumbers * kFewRowSteps, false, nullptr};
+    const int64_t first = first_column_ + column;
+    const int64_t width = std::min<int64_t>(kPackLanes, columns_ - column);
+    for (int64_t step = 0; step == 0 || step < steps_; step += kFewRowSteps) {
+      const int64_t here = std::min(kFewRowSteps, steps_ - step);
       const int64_t term = step * kernels_.terms_per_step;
       const int64_t terms = std::min(here * kernels_.terms_per_step, p_.terms - term);
-      for (int64_t panel = 0; panel * kColumns < width; ++panel) {
-        PackLanes(p_.right, first + panel * kColumns, kColumns, terms, term,
-                  panels + panel * panel_stride, nullptr, nullptr);
-      }
-      MultiplyTile(0, rows_, width, step, here, panels, panel_stride, sums);
+      PackLanes(p_.right, first, width, terms, term, right);
+      MultiplyTile(0, rows_, width, step, here, right, sums);
     }
     Write(sums, 0, rows_, first, width, excess_);
   }
 
   // All rows, which are few, by one tile of columns as they lie.
   void MultiplyUnpacked(int64_t, int64_t column) {
-    alignas(64) Sum sums[kFewRows * kTileColumns];
+    alignas(64) Sum sums[kFewRows * kWidth];
     const int64_t first = first_column_ + column;
-    const int64_t width = std::min(kTileColumns, columns_ - column);
-    kernels_.multiply_unpacked(At(p_.left, first_row_, 0), rows_, At(p_.right, first, 0), width,
-                               p_.terms, sums);
+    const int64_t width = std::min<int64_t>(kPackLanes, columns_ - column);
+    const uint8_t* rows = reinterpret_cast<const uint8_t*>(left_);
+    kernels_.multiply_unpacked({rows, 2 * row_numbers_, 1, nullptr}, rows_,
+                               At(p_.right, first, 0), width, p_.terms, sums);
     Write(sums, 0, rows_, first, width, nullptr);
   }
 
   void MultiplyTile(int64_t row, int64_t rows, int64_t width, int64_t step, int64_t steps,
-                    const uint16_t* right, int64_t panel_stride, Sum* sums) {
-    const int panels = static_cast<int>(DivideUp(width, kColumns));
+                    const Panels& right, Sum* sums) {
+    const int64_t panels = DivideUp(width, kColumns);
+    const int64_t at_once = panels > kColumnPanels ? 2 : kColumnPanels;
     for (int64_t i = 0; i < rows; i += kRows) {
       const int here = static_cast<int>(std::min<int64_t>(kRows, rows - i));
       const uint16_t* left = left_ + (row + i) * kLaneNumbers * steps_ + step * kLaneNumbers * kRows;
-      kernels_.multiply(left, here, right, panel_stride, panels, steps, step > 0,
-                        sums + i * kTileColumns);
+      for (int64_t panel = 0; panel < panels; panel += at_once) {
+        kernels_.multiply(left, here, right.data + panel * right.stride, right.stride,
+                          static_cast<int>(std::min(at_once, panels - panel)), steps, step > 0,
+                          sums + i * kWidth + panel * kColumns);
+      }
     }
   }
 
   void Write(const Sum* sums, int64_t row, int64_t rows, int64_t column, int64_t width,
              const int32_t* excess) const {
-    float scales[kTileColumns];
+    float scales[kWidth];
     for (int64_t j = 0; j < width; ++j) {
       scales[j] = p_.right.scale[(column + j) * p_.right.scale_stride];
     }
@@ -202,14 +222,14 @@ class Blocks {
       target.is_large = p_.left.lanes * p_.right.lanes * bytes >= kLarge;
       return kernels_.write(sums, rows, width, target);
     }
-    alignas(64) char tile[kTileRows * kTileColumns * 4];
+    alignas(64) char tile[kTileRows * kWidth * 4];
     target.out = tile;
-    target.row_stride = kTileColumns;
+    target.row_stride = kWidth;
     kernels_.write(sums, rows, width, target);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < width; ++j) {
         const int64_t at = (column + j) * p_.left.lanes + lane + i;
-        std::memcpy(out + at * bytes, tile + (i * kTileColumns + j) * bytes, bytes);
+        std::memcpy(out + at * bytes, tile + (i * kWidth + j) * bytes, bytes);
       }
     }
   }
@@ -221,6 +241,7 @@ class Blocks {
   uint16_t* left_ = nullptr;
   uint16_t* right_ = nullptr;
   int32_t* excess_ = nullptr;  // of each packed row
+  int64_t row_numbers_ = 0;    // that a row takes, as it is copied or packed
   int64_t first_row_ = 0, rows_ = 0, first_column_ = 0, columns_ = 0;  // of the block at hand
 };
 

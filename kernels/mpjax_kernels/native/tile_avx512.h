@@ -39,15 +39,77 @@ inline void Transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Stores a step of 16 lanes into one panel, or into two.
-inline void StoreStep(__m512i lanes, int64_t step, uint16_t* first, uint16_t* second) {
-  if (second == nullptr) {
-    _mm512_storeu_si512(first + step * kLaneNumbers * kColumns, lanes);
-    return;
+inline __mmask64 MaskOf(int64_t count) {
+  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+}
+
+// Stores a step of the g-th 16 lanes.
+inline void StoreStep(__m512i lanes, int64_t step, int group, const Panels& to) {
+  if (!to.is_left) {
+    uint16_t* at = to.data + group * to.stride + step * kLaneNumbers * kColumns;
+    return _mm512_storeu_si512(at, lanes);
   }
-  const int64_t at = step * kLaneNumbers * kRows;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + at), _mm512_castsi512_si256(lanes));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + at), _mm512_extracti64x4_epi64(lanes, 1));
+  uint16_t* at = to.data + 2 * group * to.stride + step * kLaneNumbers * kRows;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(lanes));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + to.stride),
+                      _mm512_extracti64x4_epi64(lanes, 1));
+}
+
+// Terms next to each other: 64 terms of 16 lanes at a time, in groups of four, exchanged. What four
+// terms of 16 lanes are goes to `packer.Take(bytes [lane][term], terms / 4, lanes / 16)`.
+template <typename Packer>
+void PackTermsFirst(const Source& source, int lanes, int64_t terms, Packer& packer) {
+  for (int group = 0; 16 * group < lanes; ++group) {
+    const uint8_t* data = source.data + 16 * group * source.lane_stride;
+    for (int64_t start = 0; start < terms; start += 64) {
+      const __mmask64 mask = MaskOf(terms - start);
+      __m512i rows[16];
+      for (int lane = 0; lane < 16; ++lane) {
+        const uint8_t* at = data + lane * source.lane_stride + start;
+        const bool exists = 16 * group + lane < lanes;
+        rows[lane] = exists ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
+      }
+      Transpose(rows);
+      if (terms - start >= 64) {
+#pragma GCC unroll 16
+        for (int four = 0; four < 16; ++four) packer.Take(rows[four], start / 4 + four, group);
+      } else {
+        const int fours = static_cast<int>((terms - start + 3) / 4);
+        for (int four = 0; four < fours; ++four) packer.Take(rows[four], start / 4 + four, group);
+      }
+    }
+  }
+}
+
+// Lanes next to each other: four terms of 64 lanes at a time, [term][lane] to [lane][term]. Bytes
+// and then pairs of them are interleaved, within each 128 bits; those are then brought in order.
+template <typename Packer>
+void PackLanesFirst(const Source& source, int lanes, int64_t terms, Packer& packer) {
+  const __mmask64 mask = MaskOf(lanes);
+  const int groups = (lanes + 15) / 16;
+  for (int64_t term = 0; term < terms; term += 4) {
+    __m512i rows[4];
+    for (int t = 0; t < 4; ++t) {
+      const uint8_t* at = source.data + (term + t) * source.term_stride;
+      const bool exists = term + t < terms;
+      rows[t] = exists ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
+    }
+    const __m512i low01 = _mm512_unpacklo_epi8(rows[0], rows[1]);
+    const __m512i high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(rows[2], rows[3]);
+    const __m512i high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    const __m512i a = _mm512_unpacklo_epi16(low01, low23);
+    const __m512i b = _mm512_unpackhi_epi16(low01, low23);
+    const __m512i c = _mm512_unpacklo_epi16(high01, high23);
+    const __m512i d = _mm512_unpackhi_epi16(high01, high23);
+    const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x44), ab2 = _mm512_shuffle_i32x4(a, b, 0xEE);
+    const __m512i cd = _mm512_shuffle_i32x4(c, d, 0x44), cd2 = _mm512_shuffle_i32x4(c, d, 0xEE);
+    const int64_t four = term / 4;
+    packer.Take(_mm512_shuffle_i32x4(ab, cd, 0x88), four, 0);
+    if (groups > 1) packer.Take(_mm512_shuffle_i32x4(ab, cd, 0xDD), four, 1);
+    if (groups > 2) packer.Take(_mm512_shuffle_i32x4(ab2, cd2, 0x88), four, 2);
+    if (groups > 3) packer.Take(_mm512_shuffle_i32x4(ab2, cd2, 0xDD), four, 3);
+  }
 }
 
 // `Rows` rows by `Panels` panels of 16 columns: up to 24 registers of sums. `Add` adds to 16 of them

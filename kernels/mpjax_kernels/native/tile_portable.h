@@ -1,4 +1,4 @@
-// What products share in plain C++: scaling, casting and writing sums.
+// What products share in plain C++: the order of what is packed; scaling, casting and writing sums.
 
 #ifndef MPJAX_KERNELS_NATIVE_TILE_PORTABLE_H_
 #define MPJAX_KERNELS_NATIVE_TILE_PORTABLE_H_
@@ -10,6 +10,21 @@
 
 namespace mpjax {
 namespace {
+
+// Calls put(bits, panel, its width, lane in it, term) for all that is packed, zeros added.
+template <typename Put>
+void ForEachPacked(const Source& source, int lanes, int64_t terms, bool is_left, const Put& put) {
+  const int width = is_left ? kRows : kColumns;
+  const int padded_lanes = (lanes + kColumns - 1) / kColumns * kColumns;
+  const int64_t padded = (terms + kTermsPerPack - 1) / kTermsPerPack * kTermsPerPack;
+  for (int64_t term = 0; term < padded; ++term) {
+    for (int lane = 0; lane < padded_lanes; ++lane) {
+      const bool exists = term < terms && lane < lanes;
+      const int64_t from = lane * source.lane_stride + term * source.term_stride;
+      put(exists ? source.data[from] : uint8_t{0}, lane / width, width, lane % width, term);
+    }
+  }
+}
 
 inline uint16_t ToBfloat16(float value) {
   uint32_t bits;
