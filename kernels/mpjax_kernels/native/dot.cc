@@ -71,8 +71,9 @@ bool IsInt8(ffi::DataType type) { return type == ffi::S8; }
 constexpr Family kFloat8 = {"mpjax_float8_dot", "E4M3FN or E5M2", IsFloat8, Float8Kernels};
 constexpr Family kInt8 = {"mpjax_int8_dot", "int8", IsInt8, Int8Kernels};
 
-// Fewer multiplications are done before another thread is awake.
-constexpr int64_t kWorthAThread = int64_t{1} << 22;
+// Less work is done before another thread is awake: in multiplications, of which a byte that comes
+// from memory takes the time of so many.
+constexpr double kWorthAThread = 4e6, kMultiplicationsPerByte = 8;
 
 // Whether the first `count` sizes are those of the result or 1.
 bool Broadcasts(const Dimensions& sizes, const Dimensions& out, size_t count) {
@@ -176,7 +177,8 @@ ffi::Error Dot(const Family& family, ffi::ThreadPool pool, const Operand& left,
     if (!compute(b, loop)) in_memory = false;
   };
   const double work = static_cast<double>(out.element_count()) * static_cast<double>(left.terms());
-  if (work < kWorthAThread) {
+  const size_t bytes_read = left.values.element_count() + right.values.element_count();
+  if (work + kMultiplicationsPerByte * static_cast<double>(bytes_read) < kWorthAThread) {
     KeepSubnormals keep;
     for (int64_t b = 0; b < batch; ++b) alone(b);
   } else if (batch == 1) {

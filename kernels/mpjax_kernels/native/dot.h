@@ -63,8 +63,8 @@ struct Target {
 struct DotKernels {
   int terms_per_step;
 
-  // Packs `lanes` lanes of `source`, at most kPackLanes, and `terms` terms of each. Further lanes are
-  // added up to a multiple of kColumns.
+  // Packs `lanes` lanes of `source`, of the left operand at most kPackLanes, and `terms` terms of
+  // each. Further lanes are added up to a multiple of kColumns.
   void (*pack)(const Source& source, int lanes, int64_t terms, const Panels& to);
 
   // sums[row * kWidth + column] = or, if `add`, += the products of the first `rows` lanes of a left

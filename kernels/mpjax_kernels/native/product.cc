@@ -22,7 +22,9 @@ namespace {
 
 constexpr int64_t kTileRows = 64, kTileColumns = kColumnPanels * kColumns;
 constexpr int64_t kSteps = 256;  // steps that are multiplied at a time
-constexpr int64_t kFewRowSteps = 128;  // the same where columns are packed as they come
+// Where columns are packed as they come: of a tile of 64, and at most, where they lie next to each
+// other, of as many tiles as make a strip. A row of one is another page, which takes time to find.
+constexpr int64_t kFewRowSteps = 128, kStripTiles = 8;
 constexpr int64_t kBlockNumbers = int64_t{1} << 20;  // of packed numbers of an operand: 2 MiB
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
@@ -70,7 +72,8 @@ class Blocks {
         if (at_once) {
           PackAndMultiply(loop, row_panels, column_panels, kTileColumns, &Blocks::MultiplyPacked);
         } else {
-          PackAndMultiply(loop, row_panels, 0, kPackLanes,
+          strip_ = unpacked ? kPackLanes : StripOf(columns_);
+          PackAndMultiply(loop, row_panels, 0, strip_,
                           unpacked ? &Blocks::MultiplyUnpacked : &Blocks::PackAndMultiplyColumns);
         }
       }
@@ -83,6 +86,13 @@ class Blocks {
     return kernels_.multiply_unpacked != nullptr && p_.left.term_stride == 1 &&
            p_.right.term_stride == 1 &&
            p_.left.lanes <= std::max(kUnpackedRows, p_.terms / kTermsPerUnpackedRow);
+  }
+
+  // How many columns are packed and multiplied side by side; enough strips for several threads.
+  int64_t StripOf(int64_t columns) const {
+    if (p_.right.term_stride == 1) return kPackLanes;
+    const int64_t tiles = columns / (kPackLanes * kStripTiles);
+    return kPackLanes * std::max<int64_t>(1, std::min(tiles, kStripTiles));
   }
 
   // Rows that lie a multiple of the pages' size apart push each other out of the caches.
@@ -163,21 +173,31 @@ class Blocks {
     Write(sums, row, rows, first_column_ + column, width, excess_ + row);
   }
 
-  // All rows, which are few, by one tile of columns, packed in the first caches.
+  // All rows, which are few, by a strip of columns, packed in the first caches a few steps at a time.
   void PackAndMultiplyColumns(int64_t, int64_t column) {
-    alignas(64) Sum sums[kFewRows * kWidth];
+    alignas(64) Sum sums[kStripTiles][kFewRows * kWidth];
     alignas(64) uint16_t panels[kPackLanes * kLaneNumbers * kFewRowSteps];
-    const Panels right = {panels, kColumns * kLaneNumbers * kFewRowSteps, false, nullptr};
-    const int64_t first = first_column_ + column;
-    const int64_t width = std::min<int64_t>(kPackLanes, columns_ - column);
-    for (int64_t step = 0; step == 0 || step < steps_; step += kFewRowSteps) {
-      const int64_t here = std::min(kFewRowSteps, steps_ - step);
+    const int64_t steps = kFewRowSteps * kPackLanes / strip_, first = first_column_ + column;
+    const Panels right = {panels, kColumns * kLaneNumbers * steps, false, nullptr};
+    const int64_t columns = std::min(strip_, columns_ - column);
+    const int64_t tiles = DivideUp(columns, kPackLanes);
+    const auto width = [&](int64_t tile) {
+      return std::min<int64_t>(kPackLanes, columns - tile * kPackLanes);
+    };
+    for (int64_t step = 0; step == 0 || step < steps_; step += steps) {
+      const int64_t here = std::min(steps, steps_ - step);
       const int64_t term = step * kernels_.terms_per_step;
       const int64_t terms = std::min(here * kernels_.terms_per_step, p_.terms - term);
-      PackLanes(p_.right, first, width, terms, term, right);
-      MultiplyTile(0, rows_, width, step, here, right, sums);
+      kernels_.pack(At(p_.right, first, term), static_cast<int>(columns), terms, right);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        Panels of_tile = right;
+        of_tile.data += tile * kPackLanes / kColumns * right.stride;
+        MultiplyTile(0, rows_, width(tile), step, here, of_tile, sums[tile]);
+      }
     }
-    Write(sums, 0, rows_, first, width, excess_);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Write(sums[tile], 0, rows_, first + tile * kPackLanes, width(tile), excess_);
+    }
   }
 
   // All rows, which are few, by one tile of columns as they lie.
@@ -241,6 +261,7 @@ class Blocks {
   uint16_t* left_ = nullptr;
   uint16_t* right_ = nullptr;
   int32_t* excess_ = nullptr;  // of each packed row
+  int64_t strip_ = 0;          // columns of a strip
   int64_t row_numbers_ = 0;    // that a row takes, as it is copied or packed
   int64_t first_row_ = 0, rows_ = 0, first_column_ = 0, columns_ = 0;  // of the block at hand
 };

@@ -81,34 +81,42 @@ void PackTermsFirst(const Source& source, int lanes, int64_t terms, Packer& pack
   }
 }
 
-// Lanes next to each other: four terms of 64 lanes at a time, [term][lane] to [lane][term]. Bytes
-// and then pairs of them are interleaved, within each 128 bits; those are then brought in order.
+// Four terms of at most 64 lanes, [term][lane] to [lane][term], which `packer` takes. Bytes and then
+// pairs of them are interleaved, within each 128 bits; those are then brought in order.
+template <typename Packer>
+inline void PackFour(const __m512i (&rows)[4], int lanes, int64_t four, int group, Packer& packer) {
+  const __m512i low01 = _mm512_unpacklo_epi8(rows[0], rows[1]);
+  const __m512i high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8(rows[2], rows[3]);
+  const __m512i high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+  const __m512i a = _mm512_unpacklo_epi16(low01, low23);
+  const __m512i b = _mm512_unpackhi_epi16(low01, low23);
+  const __m512i c = _mm512_unpacklo_epi16(high01, high23);
+  const __m512i d = _mm512_unpackhi_epi16(high01, high23);
+  const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x44), ab2 = _mm512_shuffle_i32x4(a, b, 0xEE);
+  const __m512i cd = _mm512_shuffle_i32x4(c, d, 0x44), cd2 = _mm512_shuffle_i32x4(c, d, 0xEE);
+  packer.Take(_mm512_shuffle_i32x4(ab, cd, 0x88), four, group);
+  if (lanes > 16) packer.Take(_mm512_shuffle_i32x4(ab, cd, 0xDD), four, group + 1);
+  if (lanes > 32) packer.Take(_mm512_shuffle_i32x4(ab2, cd2, 0x88), four, group + 2);
+  if (lanes > 48) packer.Take(_mm512_shuffle_i32x4(ab2, cd2, 0xDD), four, group + 3);
+}
+
+// Lanes next to each other: four terms of all lanes at a time.
 template <typename Packer>
 void PackLanesFirst(const Source& source, int lanes, int64_t terms, Packer& packer) {
-  const __mmask64 mask = MaskOf(lanes);
-  const int groups = (lanes + 15) / 16;
   for (int64_t term = 0; term < terms; term += 4) {
-    __m512i rows[4];
-    for (int t = 0; t < 4; ++t) {
-      const uint8_t* at = source.data + (term + t) * source.term_stride;
-      const bool exists = term + t < terms;
-      rows[t] = exists ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
+    for (int lane = 0; lane < lanes; lane += 64) {
+      const __mmask64 mask = MaskOf(lanes - lane);
+      __m512i rows[4];
+      for (int t = 0; t < 4; ++t) {
+        const uint8_t* at = source.data + (term + t) * source.term_stride + lane;
+        const bool exists = term + t < terms;
+        // The hardware stops at the end of a page, and the next row may be on another.
+        _mm_prefetch(reinterpret_cast<const char*>(at + 8 * source.term_stride), _MM_HINT_T0);
+        rows[t] = exists ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
+      }
+      PackFour(rows, lanes - lane, term / 4, lane / 16, packer);
     }
-    const __m512i low01 = _mm512_unpacklo_epi8(rows[0], rows[1]);
-    const __m512i high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
-    const __m512i low23 = _mm512_unpacklo_epi8(rows[2], rows[3]);
-    const __m512i high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
-    const __m512i a = _mm512_unpacklo_epi16(low01, low23);
-    const __m512i b = _mm512_unpackhi_epi16(low01, low23);
-    const __m512i c = _mm512_unpacklo_epi16(high01, high23);
-    const __m512i d = _mm512_unpackhi_epi16(high01, high23);
-    const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x44), ab2 = _mm512_shuffle_i32x4(a, b, 0xEE);
-    const __m512i cd = _mm512_shuffle_i32x4(c, d, 0x44), cd2 = _mm512_shuffle_i32x4(c, d, 0xEE);
-    const int64_t four = term / 4;
-    packer.Take(_mm512_shuffle_i32x4(ab, cd, 0x88), four, 0);
-    if (groups > 1) packer.Take(_mm512_shuffle_i32x4(ab, cd, 0xDD), four, 1);
-    if (groups > 2) packer.Take(_mm512_shuffle_i32x4(ab2, cd2, 0x88), four, 2);
-    if (groups > 3) packer.Take(_mm512_shuffle_i32x4(ab2, cd2, 0xDD), four, 3);
   }
 }
 
