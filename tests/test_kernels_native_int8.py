@@ -98,27 +98,23 @@ def test_the_scale_of_the_left_operand_comes_first_whichever_fills_the_vectors(r
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(
-    "shape, axis", [((7, 131), 1), ((1, 4096), 1), ((3, 4, 33), 2), ((5, 4, 33), (1, 2)), ((70001,), 0)]
+    "shape, axis",
+    [((500, 131), 1), ((1, 4096), 1), ((3, 4, 33), 2), ((5, 4, 33), (1, 2)), ((70001,), 0)],
 )
-def test_rows_are_cast_to_the_bits_of_xla(shape, axis, format, dtype):
+def test_rows_are_cast_to_the_bits_of_xla(shape, axis, dtype):
     """One of them is zero throughout, and one has an infinity."""
     rng = np.random.default_rng(3)
     x = np.exp(3 * rng.standard_normal(shape, np.float32)) * rng.choice([-1, 1], shape)
     if shape[0] > 2 and len(shape) > 1:
         x[1], x[2].flat[17] = 0, -np.inf
-    target, blocks = mk.get_format(format), granularity(shape, axis, None)
+    blocks = granularity(shape, axis, None)
     x = jnp.asarray(x, dtype)
-    q = jax.jit(partial(mk.quantize, format=format, axis=axis))(x)
-    values, scale = jax.jit(_Quantize(target, blocks))(x)
+    q = jax.jit(partial(mk.quantize, axis=axis))(x)
+    values, scale = jax.jit(_Quantize(INT8, blocks))(x)
     np.testing.assert_array_equal(q.scale, scale)
-    np.testing.assert_array_equal(bits(q.values), bits(values))
+    np.testing.assert_array_equal(q.values, values)
     assert np.isnan(q.scale).sum() == (shape[0] > 2 and len(shape) > 1) * np.isnan(scale).sum()
-
-
-def bits(values) -> np.ndarray:
-    return np.asarray(values).view(np.uint8)
 
 
 @pytest.mark.parametrize("given", [0.0, 0.02, -1.0, np.nan])

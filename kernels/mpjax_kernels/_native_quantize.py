@@ -27,11 +27,13 @@ _SHORTEST_ROW = 16
 
 
 def takes(x: Float[Array, "*shape"], scales: tuple[int, ...], format: Format, key: Any) -> bool:
-    """Whether the native kernels cast `x` by scales of this shape: one, or one per row; no noise.
+    """Whether the native kernels cast `x` by scales of this shape: one or, to int8, one per row.
 
-    A row is what its last axes hold, one or several.
+    A row is what its last axes hold, one or several. Nothing casts with noise.
     """
     if key is not None or format.name not in FLOAT8 + INT8:
+        return False
+    if format.name in FLOAT8 and any(size != 1 for size in scales):
         return False
     if x.dtype not in (jnp.float32, jnp.bfloat16) or surroundings_refusal(*x.shape):
         return False

@@ -69,13 +69,16 @@ template <typename T>
 uint32_t QuantizeToInt8(const T* __restrict x, int64_t count, float scale,
                         uint8_t* __restrict values) {
   const float shift = 3 << 22;  // beside it a last place is 1, and negative numbers borrow from it
+  // XLA multiplies by the inverse of a scale that many numbers share, which rounds some ties
+  // otherwise than a division.
+  const float inverse = 1.0f / scale;
   const uint32_t limit = BitsOf(LargestOf(Output::kInt8));
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = LoadBits(x[i]);
     const uint32_t given = bits & 0x7FFFFFFFu;
     largest = given > largest ? given : largest;
-    uint32_t magnitude = BitsOf(FromBits(given) / scale);
+    uint32_t magnitude = BitsOf(FromBits(given) * inverse);
     magnitude = magnitude > limit ? limit : magnitude;
     const float value = FromBits(magnitude | (bits & 0x80000000u));
     values[i] = static_cast<uint8_t>(BitsOf(value + shift));
