@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mpjax_kernels as mk
 from mpjax_kernels._granularity import granularity

@@ -1,9 +1,9 @@
 """The library of native CPU kernels (`native/*.cc`), if the package was built with one.
 
 It is loaded when this package is imported, and nothing is compiled then. Two variables of the
-environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA` names an
-instruction set to use instead of the best that the CPU has, to test it: `avx512_vnni`, or `portable`
-for plain C++.
+environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA` names
+an instruction set to use instead of the best that the CPU has, to test it: `avx512_vnni`, or
+`portable` for plain C++.
 """
 
 import ctypes

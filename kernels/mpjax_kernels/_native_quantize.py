@@ -1,7 +1,7 @@
 """The cast of a tensor to float8 or int8 by native CPU kernels: `native/quantize.cc`.
 
-One call casts by a scale, or by one for each row, and finds the amaxes. It gives the bits of `_quantize.py`, whose rules it
-follows, but that it keeps subnormal numbers.
+One call casts by a scale, or by one for each row, and finds the amaxes. It gives the bits of
+`_quantize.py`, whose rules it follows, but that it keeps subnormal numbers.
 """
 
 import math
