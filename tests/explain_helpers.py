@@ -118,7 +118,7 @@ def read_both_ways(case, target):
     pairs = re.findall(r" (?:convolution|dot)\((%[\w.-]+), (%[\w.-]+)", text)
     calls = re.findall(
         r" custom-call\((%[\w.-]+), (%[\w.-]+)[^\n]*"
-        r'custom_call_target="__(?:cublas|cudnn\$conv|onednn)',
+        r'custom_call_target="(?:__cublas|__cudnn\$conv|__onednn|mpjax_(?:int8|float8)_dot)',
         text,
     )
     # The operands of a ragged product come last, after what says where its groups are.
