@@ -6,13 +6,14 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu lint bench
+.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu lint bench \
+  bench-tpu
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
 	@echo "make demo | demo-nnx | train-float8 | generate | sentence-encoder | test | test-all |" \
-	  "test-tpu | test-gpu | lint | bench  [PYTHON=...] [ARGS=...]"
+	  "test-tpu | test-gpu | lint | bench | bench-tpu  [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py $(ARGS)
@@ -61,9 +62,13 @@ lint: .venv/dev.stamp
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/bench.stamp
-	@for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
+	@for script in $(filter-out benchmarks/decode_bytes.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
+
+# It asks the TPU compiler, and times nothing.
+bench-tpu: .venv/dev,tpu.stamp
+	$(BIN)/python benchmarks/decode_bytes.py $(ARGS)
 
 # `touch` comes last, so an installation that was interrupted is done again.
 .venv/%.stamp: pyproject.toml hatch_build.py $(wildcard kernels/mpjax_kernels/native/*)

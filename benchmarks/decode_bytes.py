@@ -12,24 +12,27 @@ with libtpu and counts what the compiled program reads, every turn of the loop o
 One JSON row per mode: bytes read and written, their ratio to bfloat16's, the compiler's estimate in
 cycles (not a timing), the floor by the chip's bandwidth; in `targets` what we want of it.
 
-    python benchmarks/decode_bytes.py [--layers 32] [--output FILE]
+    pip install 'mpjax[tpu]'
+    python benchmarks/decode_bytes.py [--verbose] [--quick]
 """
 
-import argparse
 import json
 import os
-from pathlib import Path
+from importlib.metadata import version
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler needs no TPU
 
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from jax.experimental.layout import Format, Layout  # noqa: E402
 
 import mpjax as mp  # noqa: E402
+from _suite import output_folder, parser  # noqa: E402
 
 WIDTH, HEADS, INNER, WORDS, CONTEXT = 4096, 32, 11008, 32000, 1024
-TARGET = "v6e"
+LAYERS, TARGET = 32, "v6e"
 POLICIES = {
     "bfloat16": mp.DTypePolicy("bfloat16"),
     "int8": mp.QuantizedDTypePolicy("int8", "bfloat16", kv_cache="int8"),
@@ -89,43 +92,55 @@ def step(mode: str, layers: int) -> mp.Explanation:
         logits, updated = model.apply(weights | {"cache": cache}, token, mutable=["cache"])
         return updated["cache"], jnp.argmax(logits, axis=-1)
 
-    jitted = jax.jit(decode, donate_argnums=0)
+    # The compiler lays out weights and cache as it reads them best, as a server of tokens would.
+    best = Format(Layout.AUTO)
+    jitted = jax.jit(decode, donate_argnums=0, in_shardings=best, out_shardings=best)
     return mp.explain(jitted, variables["cache"], weights, token, target=TARGET)
 
 
-def row(mode: str, found: mp.Explanation, base: mp.Explanation) -> dict:
+def row(mode: str, found: mp.Explanation, base: mp.Explanation) -> dict[str, Any]:
     """The figures of a mode, beside those of bfloat16."""
     assert found.estimated_cycles is not None and base.estimated_cycles is not None
+    of_bfloat16 = {
+        "read": found.bytes_read / base.bytes_read,
+        "estimate": found.estimated_cycles / base.estimated_cycles,
+    }
+    targets = {
+        name: {"at_most": most, "reached": of_bfloat16[name] <= most}
+        for name, most in TARGETS.get(mode, {}).items()
+    }
     return {
-        "case": f"decode_{mode}",
+        "benchmark": "decode_bytes",
+        "case": mode,
         "target": found.target,
         "bytes_read": found.bytes_read,
         "bytes_written": found.bytes_written,
         "estimated_cycles": found.estimated_cycles,
-        "floor_us": found.floor_seconds * 1e6,
-        "of_bfloat16": {
-            "read": found.bytes_read / base.bytes_read,
-            "estimate": found.estimated_cycles / base.estimated_cycles,
-        },
-        "targets": TARGETS.get(mode, {}),
+        "floor_us": round(found.floor_seconds * 1e6, 1),
+        "of_bfloat16": {name: round(ratio, 4) for name, ratio in of_bfloat16.items()},
+        "targets": targets,
     }
 
 
 def main() -> None:
     """Compiles the three, and prints and writes a row of each."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--verbose", action="store_true", help="print each report")
-    parser.add_argument("--output", type=Path, help="a file for the rows")
-    options = parser.parse_args()
-    steps = {mode: step(mode, options.layers) for mode in POLICIES}
-    rows = [row(mode, found, steps["bfloat16"]) for mode, found in steps.items()]
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=LAYERS, help="instead of all 32")
+    arguments.add_argument("--verbose", action="store_true", help="print each report")
+    options = arguments.parse_args()
+    layers = 2 if options.quick else options.layers
+    steps = {mode: step(mode, layers) for mode in POLICIES}
+    environ = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    rows = [row(mode, found, steps["bfloat16"]) | environ for mode, found in steps.items()]
     for found, each in zip(steps.values(), rows, strict=True):
         if options.verbose:
             print(found)
         print(json.dumps(each))
-    if options.output:
-        options.output.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    folder = output_folder(options, whole=layers == LAYERS)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{json.dumps(each)}\n" for each in rows)
+        (folder / "decode_bytes.jsonl").write_text(lines)
 
 
 if __name__ == "__main__":

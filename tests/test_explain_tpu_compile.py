@@ -78,4 +78,4 @@ def test_a_vector_times_a_matrix_is_found_on_the_vector_unit_in_every_turn_of_a_
     assert row.flops == 3 * 2 * 1024**2 and row.weight_bytes == 3 * 2 * 1024**2
     # Everything is read once, and nothing but the vectors beside it.
     assert row.weight_bytes <= found.bytes_read <= 1.01 * row.weight_bytes
-    assert found.estimated_seconds is None and found.estimated_cycles > 0
+    assert found.estimated_seconds is None and found.estimated_cycles is not None
