@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 from ._explanation_table import table
-from ._hlo_traffic import Traffic
 
 # In one word, why a product is not in 8 bits, and what that means.
 REASONS = {
@@ -131,11 +130,6 @@ class Explanation:
     def to_json(self, **options: Any) -> str:
         """`to_dict` as JSON; `options` go to `json.dumps`."""
         return json.dumps(self.to_dict(), **options)
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes read and written as one."""
-        return Traffic(self.bytes_read, self.bytes_written)
 
     def __str__(self) -> str:
         return f"{table(self.products)}\n{self.totals()}"
