@@ -26,7 +26,12 @@ NOTE = "native_build.txt"  # why there is no library, for `mpjax doctor`
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 # Float arithmetic as it is written, so that every machine and every loop rounds alike.
 FLAGS += ("-ffp-contract=off", "-fno-math-errno")
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512bf16")
+# What instruction sets need, by how the names of their sources end.
+VNNI = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+INSTRUCTION_SETS = {
+    "avx512_vnni": VNNI,
+    "avx512_bf16": (*VNNI, "-mavx512vbmi", "-mavx512bf16"),
+}
 # A library that was built against an older version of XLA's FFI is loaded by newer ones, and not
 # the other way round.
 HEADERS = ("jaxlib>=0.10,<0.11; python_version < '3.15'", "jaxlib>=0.10")
@@ -91,12 +96,12 @@ def build(compiler: str, sources: Path, folder: Path) -> None:
     if headers is None or headers.origin is None:
         raise FileNotFoundError("jaxlib, whose headers the native kernels include, is not there")
     include = Path(headers.origin).parent / "include"
-    avx512 = AVX512 if _takes(compiler, AVX512, folder) else ()
-    defined = ("-DMPJAX_HAS_AVX512_BF16",) if avx512 else ()
+    known = {k: v for k, v in INSTRUCTION_SETS.items() if _takes(compiler, v, folder)}
+    defined = [f"-DMPJAX_HAS_{name.upper()}" for name in known]
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        special = avx512 if source.stem.endswith("avx512") else ()
+        special = [flag for name in known if source.stem.endswith(name) for flag in known[name]]
         options = (*FLAGS, *defined, *special, "-isystem", str(include))
         _run(compiler, *options, "-c", str(source), "-o", target)
         return target

@@ -25,6 +25,12 @@ CONTAINERS = ("while", "call", "conditional")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[([\d,]*)\].*? ([\w\-]+)\(")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_NATIVE = re.compile(r'custom_call_target="mpjax_(\w+)"')
+_NATIVE_KINDS = {
+    "int8_dot": "products of weights, int8",
+    "float8_dot": "products of weights, float8",
+    "quantize": "quantizing activations",
+}
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 # In the names that `_inference_models.py` and Flax' attention give to their layers.
 _AMAX = re.compile(r"/(query|key|value|out|up|down|head)/reduce_(max|sum)")
@@ -102,6 +108,9 @@ def kind_of(lines: list[str]) -> str:
     matches = [match for line in lines if (match := _INSTRUCTION.match(line))]
     if matches and matches[0][4] in CONTAINERS:
         return "container"
+    native = next((found[1] for line in lines if (found := _NATIVE.search(line))), None)
+    if native in _NATIVE_KINDS:
+        return _NATIVE_KINDS[native]
     opcodes = {match[4] for match in matches}
     scopes = " ".join(scope[1] for line in lines if (scope := _SCOPE.search(line)))
     for match in matches:

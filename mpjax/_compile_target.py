@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -114,12 +115,18 @@ def _is_static(x: Any) -> bool:
 
 @contextlib.contextmanager
 def _own_cache_entries() -> Iterator[None]:
-    """JAX' cache on disk takes programs for the same that differ in the names that we read."""
+    """What JAX' cache on disk must be told.
+
+    It takes programs for the same that differ in the names that we read; and it can write a program
+    for hardware that is not there, but not read it: it warns, and compiles.
+    """
     name = "jax_compilation_cache_include_metadata_in_key"
     before = getattr(jax.config, name)
     jax.config.update(name, True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+            yield
     finally:
         jax.config.update(name, before)
 

@@ -156,16 +156,25 @@ def _reason(product: HloProduct, target: Target, dequantized: int) -> str:
         return "dequantized"
     decision = product.name.decision
     if decision is None:
-        stored = [s for s in product.sources if s.is_argument and s.shape.dtype != "pred"]
-        return "dequantized" if any(s.shape.bits <= 8 for s in stored) else "outside"
+        return _reason_outside(product)
     if decision.startswith("left."):
         reason = decision.removeprefix("left.")
         assert reason in LEFT, decision
         return reason
-    if decision == WEIGHTS or (decision == FORWARD and product.name.direction == "backward"):
+    if decision == WEIGHTS:
+        return "weights"
+    if decision == FORWARD and product.name.direction == "backward":
         return "policy"
     assert decision in (QUANTIZED, FORWARD), decision
     return "emulated"  # 8 bits were asked for, and the compiler widened them
+
+
+def _reason_outside(product: HloProduct) -> str:
+    """The same for a product that the user wrote."""
+    if min(product.lhs.bits, product.rhs.bits) <= 8:
+        return "weights"
+    arguments = [x.shape for x in product.sources if x.is_argument and x.shape.dtype != "pred"]
+    return "dequantized" if any(shape.bits <= 8 for shape in arguments) else "outside"
 
 
 def _is_native(product: HloProduct, target: Target) -> bool:

@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 from ._explanation_table import table
-from ._hlo_traffic import Traffic
 
 # In one word, why a product is not in 8 bits, and what that means.
 REASONS = {
     "": "multiplied in 8 bits",
-    "policy": "the policy leaves it: another layer, attention, a gradient, or weights only",
+    "policy": "the policy leaves it: another layer, attention, or a gradient",
+    "weights": "only its weight is in few bits, and is multiplied by wider activations",
     "unmatched": "no key of the policy map matches the layer, and its default is not quantized",
     "island": "the layer computes in a wider dtype than those around it",
     "author": "the layer's author gave it a dtype or a product of its own",
@@ -21,7 +21,7 @@ REASONS = {
     "dequantized": "its weight is stored in few bits, and was made floats before the product",
     "emulated": "the target has no unit for these operands, and computes in wider ones",
 }
-_NO_MISS = ("", "policy", "unprofitable")
+_NO_MISS = ("", "policy", "weights", "unprofitable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +131,6 @@ class Explanation:
     def to_json(self, **options: Any) -> str:
         """`to_dict` as JSON; `options` go to `json.dumps`."""
         return json.dumps(self.to_dict(), **options)
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes read and written as one."""
-        return Traffic(self.bytes_read, self.bytes_written)
 
     def __str__(self) -> str:
         return f"{table(self.products)}\n{self.totals()}"

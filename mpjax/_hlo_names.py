@@ -47,7 +47,7 @@ class Name:
 
 def name_of(op_name: str) -> Name:
     """Reads a name stack."""
-    parts = _split(op_name)
+    parts = split(op_name)
     kept, decision, backward, wrapped, recomputed = [], None, False, False, False
     stack = parts[:-1]
     for i, part in enumerate(stack):
@@ -80,8 +80,8 @@ def _is_control(part: str, after: list[str], before: list[str]) -> bool:
     )
 
 
-def _split(op_name: str) -> list[str]:
-    """The parts between slashes, but for those in parentheses."""
+def split(op_name: str) -> list[str]:
+    """A name stack's parts: those between slashes, but for those in parentheses."""
     parts, depth = [""], 0
     for character in op_name:
         depth += {"(": 1, ")": -1}.get(character, 0)

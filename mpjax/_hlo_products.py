@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ._hlo_flops import convolution_flops, dot_flops, matrix_flops
 from ._hlo_names import Lines, Name, name_of
+from ._hlo_neighbours import op_name_of
 from ._hlo_program import Computation, Instruction, Program
 from ._hlo_runs import Runs
 from ._hlo_shapes import Shape
@@ -83,7 +84,7 @@ def products_of(program: Program, runs: Runs, platform: str) -> list[HloProduct]
             products.append(
                 HloProduct(
                     instruction.name,
-                    name_of(instruction.op_name),
+                    name_of(op_name_of(program, runs, within, instruction)),
                     lines.line_of(instruction),
                     *found.shapes,
                     instruction.shape,

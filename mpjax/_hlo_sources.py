@@ -1,9 +1,8 @@
 """Where an operand of a product comes from, and what was made of it in memory on the way.
 
-From the operand the walk goes back through whatever moves, converts or scales the same values, into
-fusions and out of them, and into loops whose body hands an array on as it came, until it is at an
-argument of the program or at something that was computed. Every array that it passes outside of a
-fusion lies in memory: a transposed copy, a padded one, or floats that were made of 8 bits.
+From the operand the walk goes back, step by step (`_hlo_steps.py`), until it is at an argument of
+the program or at something that was computed. Every array that it passes outside of a fusion lies
+in memory: a transposed copy, a padded one, or floats that were made of 8 bits.
 """
 
 import dataclasses
@@ -12,46 +11,8 @@ from collections.abc import Iterator
 from ._hlo_program import Computation, Instruction, Program
 from ._hlo_runs import Runs
 from ._hlo_shapes import Shape
+from ._hlo_steps import SLICES, Place, steps_back
 
-_SLICES = {"dynamic-slice", "slice", "slice-start"}
-_MOVES = _SLICES | {
-    "async-done",
-    "async-update",
-    "bitcast",
-    "bitcast-convert",
-    "broadcast",
-    "copy",
-    "copy-done",
-    "copy-start",
-    "dynamic-update-slice",  # of a cache, in place
-    "pad",
-    "reshape",
-    "reverse",
-    "slice-done",
-    "transpose",
-}
-# Values scaled or rounded by what was spread over them are still the same; a sum of two is not.
-_SCALES = {
-    "add",
-    "and",
-    "clamp",
-    "convert",
-    "divide",
-    "floor",
-    "maximum",
-    "minimum",
-    "multiply",
-    "negate",
-    "or",
-    "round-nearest-even",
-    "select",
-    "shift-left",
-    "shift-right-arithmetic",
-    "shift-right-logical",
-    "subtract",
-    "xor",
-}
-_RUNS = {"fusion", "call", "async-start"}
 _NO_ARRAY = {"bitcast", "get-tuple-element", "tuple", "parameter", "constant", "while", "call"}
 
 
@@ -100,26 +61,6 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where the walk is: an instruction, or one element of the tuple that it makes."""
-
-    within: Computation
-    instruction: Instruction
-    element: int = 0
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What makes it the same place."""
-        return self.within.name, self.instruction.name, self.element
-
-    @property
-    def shape(self) -> Shape:
-        """Of the array there."""
-        shapes = self.instruction.shapes
-        return shapes[self.element] if self.element < len(shapes) else shapes[0]
-
-
-@dataclasses.dataclass(frozen=True)
 class _Made:
     """An array in memory that the walk has passed, and how it was made from what came before.
 
@@ -145,11 +86,11 @@ def sources_of(
     copies: dict[tuple[str, str], Copy] = {}
     seen: set[tuple[tuple[str, str, int], tuple[str, ...]]] = set()
 
-    def walk(place: _Place, cuts: tuple[str, ...], fraction: float, passed: _Passed) -> None:
+    def walk(place: Place, cuts: tuple[str, ...], fraction: float, passed: _Passed) -> None:
         if (place.key, cuts) in seen:  # two slices of one array are two reads of it
             return
         seen.add((place.key, cuts))
-        onward = list(_back(program, runs, place))
+        onward = list(steps_back(program, runs, place))
         if not onward:
             source = Source(place.shape, place.instruction.op_name, _is_argument(program, place))
             read[source] = read.get(source, 0) + fraction
@@ -166,30 +107,30 @@ def sources_of(
             else:
                 walk(each, (*cuts, place.instruction.name), fraction * cut, passing)
 
-    walk(_Place(within, operand), (), 1.0, ())
+    walk(Place(within, operand), (), 1.0, ())
     sources = [dataclasses.replace(x, fraction=min(part, 1.0)) for x, part in read.items()]
     return sources, list(copies.values())
 
 
-def _is_argument(program: Program, place: _Place) -> bool:
+def _is_argument(program: Program, place: Place) -> bool:
     return place.within is program.entry and place.instruction.opcode == "parameter"
 
 
-def _cut(place: _Place, before: _Place) -> float | None:
+def _cut(place: Place, before: Place) -> float | None:
     """How much of an array a slice is; None if it is no slice."""
-    if place.instruction.opcode not in _SLICES:
+    if place.instruction.opcode not in SLICES:
         return None
     # `slice-start` makes a tuple of the whole, the slice, and a flag.
     index = 1 if place.instruction.opcode == "slice-start" else 0
     return place.instruction.shapes[index].size / max(before.shape.size, 1)
 
 
-def _is_array(runs: Runs, place: _Place) -> bool:
+def _is_array(runs: Runs, place: Place) -> bool:
     fused = runs.by_name[place.within.name].fused
     return not fused and place.instruction.opcode not in _NO_ARRAY
 
 
-def _passing(passed: _Passed, place: _Place, before: _Place) -> _Passed:
+def _passing(passed: _Passed, place: Place, before: Place) -> _Passed:
     """Notes in the last array how it differs from what it is made of."""
     if not passed:
         return passed
@@ -213,78 +154,3 @@ def _copies(passed: _Passed, stored: Shape | None) -> Iterator[Copy]:
             ways["dequantized"] = each.shape.padded_bytes
         for kind, count in ways.items():
             yield Copy(each.name, kind, count, each.shape.space)
-
-
-def _back(program: Program, runs: Runs, place: _Place) -> Iterator[_Place]:
-    """What holds the same values one step earlier; nothing where they come into being."""
-    within, instruction, element = place.within, place.instruction, place.element
-    operands = [within.instructions[name] for name in instruction.operands]
-    opcode = instruction.opcode
-    if opcode == "parameter":
-        yield from _outside(program, runs, place)
-    elif opcode == "get-tuple-element":
-        yield _Place(within, operands[0], int(instruction.text("index")))
-    elif opcode == "tuple":
-        yield _Place(within, operands[element])
-    elif opcode in _RUNS:
-        inner = program.computations[instruction.called[0]]
-        yield _result(inner, element)
-    elif opcode == "while":
-        if _hands_on(program.computations[instruction.called[0]], element):
-            yield _Place(within, operands[0], element)
-    elif opcode in ("opt-barrier", "optimization-barrier"):
-        yield _Place(within, operands[element if len(operands) > 1 else 0], element)
-    elif opcode == "concatenate" or is_concat_bitcast(instruction):
-        yield from (_Place(within, each) for each in operands)
-    elif opcode in _MOVES:
-        yield _Place(within, operands[0], element if opcode.startswith("async") else 0)
-    elif opcode in _SCALES:
-        scaled = [each for each in operands if not _is_spread(within, each)]
-        yield from (_Place(within, each) for each in scaled if len(scaled) == 1)
-
-
-def _is_spread(within: Computation, operand: Instruction) -> bool:
-    """Whether an operand has fewer values than it shows, or only decides between others."""
-    while operand.opcode in ("bitcast", "reshape", "convert", "copy", "transpose"):
-        operand = within.instructions[operand.operands[0]]
-    is_few = operand.opcode in ("broadcast", "constant", "iota") or operand.shape.size == 1
-    return is_few or operand.shape.dtype == "pred"
-
-
-def is_concat_bitcast(instruction: Instruction) -> bool:
-    """Whether it only says that arrays lie behind each other: a TPU fetches large ones in parts."""
-    return instruction.text("custom_call_target") == "ConcatBitcast"
-
-
-def _result(inner: Computation, element: int) -> _Place:
-    root = inner.root
-    if root.opcode == "tuple":
-        return _Place(inner, inner.instructions[root.operands[element]])
-    return _Place(inner, root, element)
-
-
-def _outside(program: Program, runs: Runs, place: _Place) -> Iterator[_Place]:
-    """A parameter of a computation, as whoever runs that passes it."""
-    calls = runs.by_name[place.within.name].calls
-    if not calls:
-        return
-    call, number = calls[0], int(place.instruction.argument)
-    operands = [call.within.instructions[name] for name in call.instruction.operands]
-    if call.instruction.opcode == "while":
-        if _hands_on(program.computations[call.instruction.called[0]], place.element):
-            yield _Place(call.within, operands[0], place.element)
-    elif call.instruction.opcode == "conditional":
-        branch = call.instruction.called.index(place.within.name)
-        yield _Place(call.within, operands[branch + 1], place.element)
-    else:
-        yield _Place(call.within, operands[number], place.element)
-
-
-def _hands_on(body: Computation, element: int) -> bool:
-    """Whether an element of a loop's state is the same after every turn."""
-    if body.root.opcode != "tuple":
-        return False
-    kept = body.instructions[body.root.operands[element]]
-    if kept.opcode != "get-tuple-element" or int(kept.text("index")) != element:
-        return False
-    return body.instructions[kept.operands[0]].opcode == "parameter"

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 import mpjax as mp
 import mpjax_kernels as mk
+from mpjax._compile_target import compile_for
+from mpjax._explain import _as_function, explanation_of
 
 ROWS, WIDTH, LARGE = 256, 256, 1024
 X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
@@ -98,8 +100,30 @@ def reported(explanation):
     return {(row.reason, row.path, None if row.path else row.line) for row in explanation.misses}
 
 
-def read_directly(text):
-    """The dtypes of the operands of every dot and convolution in the text of a program."""
+# XLA's names of dtypes, and ours.
+NAMES = {"s4": "int4", "s8": "int8", "s32": "int32", "f32": "float32", "bf16": "bfloat16"}
+NAMES |= {"f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2", "f16": "float16"}
+
+
+def read_both_ways(case, target):
+    """What `explain` reports of a model, and the dtypes that are multiplied in its text.
+
+    The text is searched for every dot and convolution, library call and Pallas kernel, without the
+    code of `explain`.
+    """
+    function, args = _as_function(case.fn)
+    compiled = compile_for(function, (*args, *case.args), {}, target)
+    text = re.sub(r"/\*.*?\*/", "", compiled.text)
     dtypes = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
-    pairs = re.findall(r" (?:convolution|dot)\((%[\w.-]+), (%[\w.-]+)\)", text)
-    return sorted((dtypes[left], dtypes[right]) for left, right in pairs)
+    pairs = re.findall(r" (?:convolution|dot)\((%[\w.-]+), (%[\w.-]+)", text)
+    calls = re.findall(
+        r" custom-call\((%[\w.-]+), (%[\w.-]+)[^\n]*"
+        r'custom_call_target="(?:__cublas|__cudnn\$conv|__onednn|mpjax_(?:int8|float8)_dot)',
+        text,
+    )
+    # The operands of a ragged product come last, after what says where its groups are.
+    ragged = re.findall(
+        r" custom-call\([^)]*, (%[\w.-]+), (%[\w.-]+)\)[^\n]*ragged_dot_tiling", text
+    )
+    found = [(NAMES[dtypes[a]], NAMES[dtypes[b]]) for a, b in pairs + calls + ragged]
+    return explanation_of(compiled), sorted(found)

@@ -22,11 +22,15 @@ def assert_trees_equal(actual: Any, expected: Any) -> None:
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation of a jaxpr, those of inner jaxprs (jit, scan, remat, custom rules) too.
 
-    Of the branches of `jax.lax.platform_dependent`, the one that this machine takes.
+    Of the branches of `jax.lax.platform_dependent`, the one that this machine takes; of a native
+    kernel, what a program computes that cannot have it.
     """
     for equation in jaxpr.eqns:
         yield equation
         params = dict(equation.params)
+        if equation.primitive.name == "mpjax_kernels_native_or":
+            operands = [v.aval for v in equation.invars]
+            params["otherwise"] = jax.make_jaxpr(params["otherwise"])(*operands)
         platforms = params.get("branches_platforms")
         if platforms is not None:
             taken = next(i for i, p in enumerate(platforms) if p is None or "cpu" in p)

@@ -12,7 +12,7 @@ from mpjax_kernels._dot_general import IMPLEMENTATIONS
 U = 2.0**-24  # float32 rounds with a relative error of at most U
 
 
-# The implementations of dot_general that run on a CPU and take any format; "native" is for float8.
+# The implementations of dot_general that run on a CPU and take any format; "native" is for 8 bits.
 HERE = [
     name
     for name, i in IMPLEMENTATIONS.items()

@@ -12,16 +12,17 @@ import mpjax_kernels as mk
 
 MATRIX = (((1,), (0,)), ((), ()))
 FORMATS = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+DTYPES = FORMATS | {"int8": np.int8}
 DOT, QUANTIZE = (
     'custom_call_target="mpjax_float8_dot"',
-    'custom_call_target="mpjax_float8_quantize"',
+    'custom_call_target="mpjax_quantize"',
 )
 
 
 def tensor(values, format, scale=None) -> mk.QTensor:
     """These numbers, which the format holds, times a scale."""
     scale = np.ones((1,) * values.ndim, np.float32) if scale is None else scale
-    return mk.QTensor(jnp.asarray(values, FORMATS[format]), jnp.asarray(scale), np.dtype("float32"))
+    return mk.QTensor(jnp.asarray(values, DTYPES[format]), jnp.asarray(scale), np.dtype("float32"))
 
 
 product = jax.jit(

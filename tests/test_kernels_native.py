@@ -193,25 +193,29 @@ def test_refusals_say_why():
     r = mk.quantize(x, "float8_e4m3fn")
     with pytest.raises(NotImplementedError, match="a scale varies along a contracting axis"):
         product(q, r, MATRIX)
-    with pytest.raises(
-        NotImplementedError, match="`lhs` is QTensor\\(int8.* both must be QTensors"
-    ):
-        product(mk.quantize(normal(4, 8)), r, MATRIX)
+    with pytest.raises(NotImplementedError, match="`lhs` is float32.* both must be QTensors"):
+        product(normal(4, 8), r, MATRIX)
 
 
 ELSEWHERE = """
 import numpy as np, jax, jax.numpy as jnp, mpjax_kernels as mk
-from mpjax_kernels._native_library import native_refusal
+from mpjax_kernels._native_library import native_refusal, _load
 from tests.native_helpers import Case, product, tensor
-print(native_refusal())
-for case in (Case(1, 37, 131, 53, (True, False)), Case(2, 70, 65, 9, (False, True))):
+print(native_refusal() or native_refusal("int8") or _load()[0])
+for case in (
+    Case(1, 37, 131, 53, (True, False)),
+    Case(2, 70, 65, 9, (False, True)),
+    Case(1, 3, 131, 53, (True, True)),
+):
     lhs, rhs = case.operands(np.random.default_rng(0))
     left, right, dims = case.stored(lhs, rhs)
-    found = product(tensor(left, "float8_e4m3fn"), tensor(right, "float8_e5m2"), dims)
-    np.testing.assert_array_equal(found, lhs @ rhs)
+    for formats in (("float8_e4m3fn", "float8_e5m2"), ("int8", "int8")):
+        found = product(tensor(left, formats[0]), tensor(right, formats[1]), dims)
+        np.testing.assert_array_equal(found, lhs @ rhs)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)
-    q = mk.quantize(x, "float8_e4m3fn")
-    print(np.asarray(q.values).view(np.uint8).sum(), float(q.scale[0]))
+    for format in ("float8_e4m3fn", "int8"):
+        q = mk.quantize(x, format)
+        print(np.asarray(q.values).view(np.uint8).sum(), float(q.scale[0]))
 """
 
 
@@ -227,14 +231,17 @@ def elsewhere(program: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_plain_cpp_computes_the_same():
-    done = elsewhere(ELSEWHERE, MPJAX_NATIVE_ISA="portable")
+@pytest.mark.parametrize("isa", ["portable", "avx512_vnni"])
+def test_other_instruction_sets_compute_the_same(isa):
+    """A CPU of the one that computes here has them all."""
+    done = elsewhere(ELSEWHERE, MPJAX_NATIVE_ISA=isa)
     assert done.returncode == 0, done.stderr
-    q = mk.quantize(
-        jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32), "float8_e4m3fn"
-    )
-    line = f"{np.asarray(q.values).view(np.uint8).sum()} {float(q.scale[0])}"
-    assert done.stdout.split("\n")[:3] == ["None", line, line]
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)
+    lines = []
+    for format in ("float8_e4m3fn", "int8"):
+        q = mk.quantize(x, format)
+        lines.append(f"{np.asarray(q.values).view(np.uint8).sum()} {float(q.scale[0])}")
+    assert done.stdout.splitlines() == [isa, *lines * 3]
 
 
 def test_the_environment_turns_them_off():

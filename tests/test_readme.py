@@ -74,6 +74,16 @@ def test_calibration(capsys):
         np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.15)
 
 
+def test_what_the_compiler_makes_of_it(capsys):
+    scope = {}
+    exec(block_after("Linen"), scope)
+    exec(block_with("mp.explain("), scope)
+    report = scope["report"]
+    assert [(row.path, row.reason) for row in report.products] == [("Dense_0", ""), ("Dense_1", "")]
+    assert report.share_in_8_bits == 1.0 and capsys.readouterr().out == f"{report}\n"
+    assert all(f"`{word}`" in README for word in scope["mp"].REASONS if word)
+
+
 def test_weights_from_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}

@@ -1,7 +1,8 @@
-"""Products of two float8 tensors by native CPU kernels: `native/dot.cc`, called through XLA's FFI.
+"""Products of two 8-bit tensors by native CPU kernels: `native/dot.cc`, called through XLA's FFI.
 
-One call decodes both operands in registers, whichever of their axes is stored last, multiplies them
-in bfloat16, which holds every float8 exactly, sums in float32, applies the scales and casts.
+One call multiplies two tensors of float8, or two of int8, whichever of their axes is stored last,
+applies the scales in float32 and casts. float8 is decoded in registers, multiplied in bfloat16,
+which holds it exactly, and summed in float32; int8 is summed exactly, in int32.
 """
 
 from functools import partial
@@ -17,11 +18,13 @@ from jaxtyping import Array, Float, Shaped
 from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
-from ._native_library import native_refusal
+from ._multiplicands import zero_point_refusal
+from ._native_library import FLOAT8, INT8, native_refusal
 from ._native_or import is_partly_manual
 from ._qtensor import QTensor, describe
+from ._xla import overflow
 
-FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_CALLS = dict.fromkeys(FLOAT8, "mpjax_float8_dot") | dict.fromkeys(INT8, "mpjax_int8_dot")
 
 
 def refusal(
@@ -29,12 +32,20 @@ def refusal(
 ) -> str | None:
     """Why the native kernels do not multiply these; None if they do."""
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
-        if not isinstance(operand, QTensor) or operand.format.name not in FORMATS:
-            return f"`{name}` is {describe(operand)}: both must be QTensors of {FORMATS}"
+        if not isinstance(operand, QTensor) or operand.format.name not in _CALLS:
+            return f"`{name}` is {describe(operand)}: both must be QTensors of {FLOAT8 + INT8}"
+    assert isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
+    if _CALLS[lhs.format.name] != _CALLS[rhs.format.name]:
+        return f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: of float8 and of int8"
     c = contraction
     if is_grouped(lhs, c.lhs_contract) or is_grouped(rhs, c.rhs_contract):
         return "a scale varies along a contracting axis"
-    return native_refusal() or surroundings_refusal(*c.lhs_shape, *c.rhs_shape)
+    return (
+        zero_point_refusal(lhs, rhs)
+        or native_refusal(lhs.format.name)
+        or surroundings_refusal(*c.lhs_shape, *c.rhs_shape)
+        or overflow(lhs, rhs, c.terms)
+    )
 
 
 def surroundings_refusal(*sizes: Any) -> str | None:
@@ -63,7 +74,7 @@ def dot_general(
     left, right, _ = matrices(lhs, rhs, contraction, swapped=False)
     out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)
-    call = jax.ffi.ffi_call("mpjax_float8_dot", result, vmap_method="expand_dims")
+    call = jax.ffi.ffi_call(_CALLS[lhs.format.name], result, vmap_method="expand_dims")
     product = partial(call, lhs_terms_last=left.terms_last, rhs_terms_last=right.terms_last)
     product = product(left.values, right.values, _scales(lhs, left), _scales(rhs, right))
     return product.reshape(contraction.result_shape).astype(dtype)

@@ -1,8 +1,9 @@
 """The library of native CPU kernels (`native/*.cc`), if the package was built with one.
 
 It is loaded when this package is imported, and nothing is compiled then. Two variables of the
-environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA=portable`
-uses plain C++ on every CPU, to test that.
+environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA` names
+an instruction set to use instead of the best that the CPU has, to test it: `avx512_vnni`, or
+`portable` for plain C++.
 """
 
 import ctypes
@@ -14,38 +15,51 @@ from pathlib import Path
 import jax
 
 _PATH = Path(__file__).parent / "libmpjax_native.so"
-_TARGETS = ("mpjax_float8_dot", "mpjax_float8_quantize")
+_TARGETS = ("mpjax_float8_dot", "mpjax_int8_dot", "mpjax_quantize")
+
+# The formats that kernels of an instruction set multiply faster than XLA, which is what counts
+# where the environment does not ask for it.
+FLOAT8, INT8 = ("float8_e4m3fn", "float8_e5m2"), ("int8",)
+_FASTER = {"avx512_bf16": FLOAT8 + INT8, "avx512_vnni": INT8, "portable": ()}
+_NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI") | {"int8": "AVX512-VNNI"}
 
 
 @cache
-def native_refusal() -> str | None:
-    """Why there are no native kernels here; None if there are, with XLA knowing their names."""
+def native_refusal(format: str = FLOAT8[0]) -> str | None:
+    """Why there are no native kernels for a format here; None if there are."""
+    isa, refusal = _load()
+    asked = os.environ.get("MPJAX_NATIVE_ISA") == isa
+    if refusal is None and format not in _FASTER[isa] and not asked:
+        return f"this CPU has no {_NEEDS[format]}: XLA's own {format} product is faster"
+    return refusal
+
+
+@cache
+def _load() -> tuple[str, str | None]:
+    """The instruction set, with XLA knowing the kernels' names, or why there are none."""
     if os.environ.get("MPJAX_NATIVE") == "0":
-        return "the environment has MPJAX_NATIVE=0"
+        return "", "the environment has MPJAX_NATIVE=0"
     if not _PATH.exists():
-        return (
+        return "", (
             f"{_PATH.name} is not there: mpjax was built without a C++17 compiler; with one (g++ "
             "or clang++), install it again from source"
         )
     try:
         library = ctypes.CDLL(str(_PATH))
     except OSError as error:
-        return f"{_PATH.name} cannot be loaded: {error}"
+        return "", f"{_PATH.name} cannot be loaded: {error}"
     built = library.mpjax_native_ffi_major(), library.mpjax_native_ffi_minor()
     here = _ffi_version()
     if built[0] != here[0] or built[1] > here[1]:
-        return (
+        return "", (
             f"{_PATH.name} was built against version {built} of XLA's FFI, newer than {here}, that "
             "of this jaxlib: install mpjax again from source"
         )
     library.mpjax_native_isa.restype = ctypes.c_char_p
-    isa = library.mpjax_native_isa().decode()
-    if isa == "portable" and os.environ.get("MPJAX_NATIVE_ISA") != "portable":
-        return "this CPU has no AVX512-BF16 and AVX512-VBMI: XLA's own product is faster"
     for target in _TARGETS:
         function = jax.ffi.pycapsule(getattr(library, target))
         jax.ffi.register_ffi_target(target, function, platform="cpu")
-    return None
+    return library.mpjax_native_isa().decode(), None
 
 
 def _ffi_version() -> tuple[int, int]:

@@ -113,10 +113,9 @@ def quantize(
         )
     if scale is None:
         blocks = granularity(array.shape, axis, group_size)
-        if symmetric and _native_quantize.takes(array, blocks.scales, target, key):
-            unknown = jnp.zeros(blocks.scales, jnp.float32)
-            return quantize_by(array, target, unknown)[0]
         compute = _quantize if symmetric else _quantize_asymmetric
+        if symmetric and _native_quantize.takes(array, blocks.scales, target, key):
+            compute = _native_or_quantize
         compute = partial(compute, target=target, blocks=blocks)
         parts = without_derivative(compute, _NO_DERIVATIVE)(array, key)
     else:
@@ -200,6 +199,25 @@ def _quantize(
     ratio = jnp.where(jnp.isfinite(scale), split / scale, 0.0)
     values = round_to(ratio, target, key, cast=_float8_bits.cast)
     return values.reshape(x.shape), scale.reshape(blocks.scales)
+
+
+@dataclass(frozen=True)
+class _Quantize:
+    """`_quantize` without a key: hashable."""
+
+    target: Format
+    blocks: Granularity
+
+    def __call__(self, x: Float[Array, "*shape"]) -> tuple[Array, Array]:
+        return _quantize(x, None, self.target, self.blocks)
+
+
+def _native_or_quantize(
+    x: Float[Array, "*shape"], key: None, target: Format, blocks: Granularity
+) -> tuple[Shaped[Array, "*shape"], Float[Array, "*scales"]]:
+    del key
+    otherwise = _Quantize(target, blocks)
+    return _native_quantize.dynamic_or(otherwise, x, blocks.scales, target)
 
 
 def _quantize_by(

@@ -1,11 +1,12 @@
-// The call `mpjax_float8_dot`: a batch of products of float8 matrices, scaled and cast.
+// The calls `mpjax_float8_dot` and `mpjax_int8_dot`: a batch of products of 8-bit matrices, scaled
+// and cast.
 //
 //   out[i, j] = cast((sum over t of lhs[i, t] * rhs[t, j]) * lhs_scale[i] * rhs_scale[j])
 //
 // lhs is stored [..., rows, terms], or [..., terms, rows] where `lhs_terms_last` is false; rhs
 // [..., terms, columns], or [..., columns, terms] where `rhs_terms_last` is true. A scale is
-// [..., lanes] or [..., 1]. Batch axes come first, and a size of 1 broadcasts. Sums and scaling are
-// in float32.
+// [..., lanes] or [..., 1]. Batch axes come first, and a size of 1 broadcasts. Sums are
+// in float32, or in int32 where they are of int8, and scaled in float32.
 
 #include "dot.h"
 
@@ -42,7 +43,37 @@ class PlainLoop : public Loop {
 
 using Dimensions = ffi::AnyBuffer::Dimensions;
 
+// What a call multiplies.
+struct Family {
+  const char* call;
+  const char* formats;
+  bool (*has)(ffi::DataType type);
+  const DotKernels& (*kernels)();
+};
+
+const DotKernels& Float8Kernels() {
+#if defined(MPJAX_HAS_AVX512_BF16)
+  if (CurrentIsa() >= Isa::kAvx512Bf16) return kAvx512Float8Dot;
+#endif
+  return kPortableFloat8Dot;
+}
+
+const DotKernels& Int8Kernels() {
+#if defined(MPJAX_HAS_AVX512_VNNI)
+  if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Int8Dot;
+#endif
+  return kPortableInt8Dot;
+}
+
 bool IsFloat8(ffi::DataType type) { return type == ffi::F8E4M3FN || type == ffi::F8E5M2; }
+bool IsInt8(ffi::DataType type) { return type == ffi::S8; }
+
+constexpr Family kFloat8 = {"mpjax_float8_dot", "E4M3FN or E5M2", IsFloat8, Float8Kernels};
+constexpr Family kInt8 = {"mpjax_int8_dot", "int8", IsInt8, Int8Kernels};
+
+// Less work is done before another thread is awake: in multiplications, of which a byte that comes
+// from memory takes the time of so many.
+constexpr double kWorthAThread = 4e6, kMultiplicationsPerByte = 8;
 
 // Whether the first `count` sizes are those of the result or 1.
 bool Broadcasts(const Dimensions& sizes, const Dimensions& out, size_t count) {
@@ -75,10 +106,11 @@ struct Operand {
   size_t rank() const { return values.dimensions().size(); }
 
   // What is wrong with it, or an empty string.
-  std::string Refusal(const Dimensions& out, int64_t expected_lanes, int64_t expected_terms) const {
+  std::string Refusal(const Family& family, const Dimensions& out, int64_t expected_lanes,
+                      int64_t expected_terms) const {
     const std::string operand = name;
     const size_t batch = out.size() - 2;
-    if (!IsFloat8(values.element_type())) return operand + " is neither E4M3FN nor E5M2";
+    if (!family.has(values.element_type())) return operand + " is not " + family.formats;
     if (rank() != out.size() || lanes() != expected_lanes || terms() != expected_terms ||
         !Broadcasts(values.dimensions(), out, batch)) {
       return operand + " has a shape that does not go with the other operand and the result";
@@ -104,74 +136,88 @@ struct Operand {
     matrix.lanes = lanes();
     matrix.lane_stride = terms_last ? terms() : 1;
     matrix.term_stride = terms_last ? 1 : lanes();
-    matrix.table = &TableOf(values.element_type() == ffi::F8E5M2);
+    const ffi::DataType type = values.element_type();
+    matrix.table = IsFloat8(type) ? &TableOf(type == ffi::F8E5M2) : nullptr;
     matrix.scale = static_cast<const float*>(scale.untyped_data()) + of_scale * scales;
     matrix.scale_stride = scales == 1 ? 0 : 1;
     return matrix;
   }
 };
 
-const DotKernels& CurrentKernels() {
-#if defined(MPJAX_HAS_AVX512_BF16)
-  if (CurrentIsa() == Isa::kAvx512Bf16) return kAvx512Dot;
-#endif
-  return kPortableDot;
-}
-
-ffi::Error Dot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
-               ffi::AnyBuffer lhs_scale, ffi::AnyBuffer rhs_scale, ffi::Result<ffi::AnyBuffer> out,
-               bool lhs_terms_last, bool rhs_terms_last) {
-  const auto shape = out->dimensions();
-  const auto type = out->element_type();
-  const Operand left = {"lhs", lhs, lhs_scale, lhs_terms_last};
-  const Operand right = {"rhs", rhs, rhs_scale, rhs_terms_last};
+ffi::Error Dot(const Family& family, ffi::ThreadPool pool, const Operand& left,
+               const Operand& right, ffi::AnyBuffer out) {
+  const auto shape = out.dimensions();
+  const auto type = out.element_type();
+  const auto invalid = [&](const std::string& why) {
+    return ffi::Error::InvalidArgument(std::string(family.call) + ": " + why);
+  };
   if (shape.size() < 2 || left.rank() != shape.size()) {
-    return ffi::Error::InvalidArgument("mpjax_float8_dot: operands and result differ in rank");
+    return invalid("operands and result differ in rank");
   }
   if (type != ffi::F32 && type != ffi::BF16) {
-    return ffi::Error::InvalidArgument("mpjax_float8_dot: the result is not float32 or bfloat16");
+    return invalid("the result is not float32 or bfloat16");
   }
   const int64_t rows = shape[shape.size() - 2], columns = shape[shape.size() - 1];
-  std::string wrong = left.Refusal(shape, rows, left.terms());
-  if (wrong.empty()) wrong = right.Refusal(shape, columns, left.terms());
-  if (!wrong.empty()) return ffi::Error::InvalidArgument("mpjax_float8_dot: " + wrong);
-  if (out->element_count() == 0) return ffi::Error::Success();
+  std::string wrong = left.Refusal(family, shape, rows, left.terms());
+  if (wrong.empty()) wrong = right.Refusal(family, shape, columns, left.terms());
+  if (!wrong.empty()) return invalid(wrong);
+  if (out.element_count() == 0) return ffi::Error::Success();
 
-  const int64_t batch = static_cast<int64_t>(out->element_count()) / (rows * columns);
+  const int64_t batch = static_cast<int64_t>(out.element_count()) / (rows * columns);
   const int64_t bytes = type == ffi::BF16 ? 2 : 4;
   const auto compute = [&](int64_t b, Loop& loop) {
-    char* to = static_cast<char*>(out->untyped_data()) + b * rows * columns * bytes;
+    char* to = static_cast<char*>(out.untyped_data()) + b * rows * columns * bytes;
     const Product product = {left.At(shape, b), right.At(shape, b), left.terms(), to,
                              type == ffi::BF16};
-    return Compute(CurrentKernels(), product, loop);
+    return Compute(family.kernels(), product, loop);
   };
   std::atomic<bool> in_memory{true};
-  if (batch == 1) {
+  const auto alone = [&](int64_t b) {
+    PlainLoop loop;
+    if (!compute(b, loop)) in_memory = false;
+  };
+  const double work = static_cast<double>(out.element_count()) * static_cast<double>(left.terms());
+  const size_t bytes_read = left.values.element_count() + right.values.element_count();
+  if (work + kMultiplicationsPerByte * static_cast<double>(bytes_read) < kWorthAThread) {
+    KeepSubnormals keep;
+    for (int64_t b = 0; b < batch; ++b) alone(b);
+  } else if (batch == 1) {
     PoolLoop loop(pool);
     in_memory = compute(0, loop);
   } else {  // small matrices as a rule: each by one thread
-    ParallelFor(pool, batch, [&](int64_t b) {
-      PlainLoop loop;
-      if (!compute(b, loop)) in_memory = false;
-    });
+    ParallelFor(pool, batch, alone);
   }
   if (in_memory) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mpjax_float8_dot: out of memory");
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(family.call) + ": no memory");
+}
+
+template <const Family& family>
+ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
+                ffi::AnyBuffer lhs_scale, ffi::AnyBuffer rhs_scale, ffi::Result<ffi::AnyBuffer> out,
+                bool lhs_terms_last, bool rhs_terms_last) {
+  return Dot(family, pool, {"lhs", lhs, lhs_scale, lhs_terms_last},
+             {"rhs", rhs, rhs_scale, rhs_terms_last}, *out);
+}
+
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()  // lhs
+      .Arg<ffi::AnyBuffer>()  // rhs
+      .Arg<ffi::AnyBuffer>()  // lhs_scale
+      .Arg<ffi::AnyBuffer>()  // rhs_scale
+      .Ret<ffi::AnyBuffer>()  // out
+      .Attr<bool>("lhs_terms_last")
+      .Attr<bool>("rhs_terms_last");
 }
 
 }  // namespace
 }  // namespace mpjax
 
-extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* mpjax_float8_dot(
-    XLA_FFI_CallFrame* call_frame);
+#define MPJAX_EXPORTED extern "C" __attribute__((visibility("default")))
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_float8_dot, mpjax::Dot,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // lhs
-                                  .Arg<xla::ffi::AnyBuffer>()  // rhs
-                                  .Arg<xla::ffi::AnyBuffer>()  // lhs_scale
-                                  .Arg<xla::ffi::AnyBuffer>()  // rhs_scale
-                                  .Ret<xla::ffi::AnyBuffer>()  // out
-                                  .Attr<bool>("lhs_terms_last")
-                                  .Attr<bool>("rhs_terms_last"));
+MPJAX_EXPORTED XLA_FFI_Error* mpjax_float8_dot(XLA_FFI_CallFrame* call_frame);
+MPJAX_EXPORTED XLA_FFI_Error* mpjax_int8_dot(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_float8_dot, mpjax::Call<mpjax::kFloat8>, mpjax::Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_int8_dot, mpjax::Call<mpjax::kInt8>, mpjax::Binding());

@@ -1,4 +1,4 @@
-// What an instruction set brings to the product of float8 matrices: packing and multiplying.
+// What an instruction set brings to the product of 8-bit matrices: packing, multiplying, writing.
 
 #ifndef MPJAX_KERNELS_NATIVE_DOT_H_
 #define MPJAX_KERNELS_NATIVE_DOT_H_
@@ -10,22 +10,41 @@
 namespace mpjax {
 
 // A matrix is packed into panels of kRows or kColumns neighbouring lanes (rows of the left operand,
-// columns of the right one). A panel holds, pair of terms after pair of terms, for each lane two
-// neighbouring terms in bfloat16: [pairs][lanes][2]. Lanes and terms beyond the matrix are zero.
-inline constexpr int kRows = 8;            // lanes of a left panel
-inline constexpr int kColumns = 16;        // lanes of a right panel
-inline constexpr int kColumnPanels = 3;    // right panels that are multiplied at once
-inline constexpr int kTermsPerStep = 4;    // terms come in multiples of this
+// columns of the right one). A panel holds, step after step, for each lane the next few terms in 32
+// bits: two in bfloat16 or four in int8. Lanes and terms beyond the matrix are zero, or meet a zero
+// of the other operand.
+inline constexpr int kRows = 8;          // lanes of a left panel
+inline constexpr int kColumns = 16;      // lanes of a right panel
+inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at once, at most
+inline constexpr int kFewRows = 32;      // with fewer, columns are multiplied as they come
+inline constexpr int kPackLanes = 64;    // lanes that are packed at once: a cache line, if stored so
+inline constexpr int kTermsPerPack = 4;  // what is packed is a multiple of so many terms
+inline constexpr int kLaneNumbers = 2;   // uint16 that a lane takes in each step
 
-// A float8 matrix in memory: entry (lane, term) is data[lane * lane_stride + term * term_stride],
+// An 8-bit matrix in memory: entry (lane, term) is data[lane * lane_stride + term * term_stride],
 // and one of the strides is 1.
 struct Source {
   const uint8_t* data;
   int64_t lane_stride;
   int64_t term_stride;
+  const DecodeTable* table;  // of float8; null for int8
 };
 
-inline constexpr int kWidth = kColumnPanels * kColumns;  // numbers in a row of a tile of sums
+// What becomes of packed numbers: panels one after the other, of the left or of the right operand.
+struct Panels {
+  uint16_t* data;
+  int64_t stride;   // from one panel to the next, in numbers
+  bool is_left;     // panels of kRows lanes, else of kColumns
+  int32_t* excess;  // what the sums of each left lane will be too large by; null for the right one
+};
+
+inline constexpr int kWidth = kPackLanes;  // numbers from a row of a tile of sums to the next
+
+// Sums of products: float32 of float8, int32 of int8.
+union Sum {
+  float real;
+  int32_t integer;
+};
 
 // Where a tile of sums goes, and by what it is multiplied: by one scale and then by the other,
 // because the product of two small ones can underflow where the result does not.
@@ -36,29 +55,36 @@ struct Target {
   const float* row_scales;  // of row i: row_scales[i * row_scale_stride]
   int64_t row_scale_stride;
   const float* column_scales;
-  bool columns_first;  // whether `column_scales` are applied first
-  bool is_large;       // whether it is better not to keep the result in the caches
+  bool columns_first;      // whether `column_scales` are applied first
+  bool is_large;           // whether it is better not to keep the result in the caches
+  const int32_t* excess;   // of row i, what its sums are too large by; null: they are right
 };
 
 struct DotKernels {
-  const char* name;
+  int terms_per_step;
 
-  // Packs kColumns lanes of `source`, of which `lanes` exist, and `terms` terms: into one panel of
-  // kColumns lanes, or into two of kRows if `second` is not null.
-  void (*pack)(const DecodeTable& table, const Source& source, int lanes, int64_t terms,
-               uint16_t* first, uint16_t* second);
+  // Packs `lanes` lanes of `source`, of the left operand at most kPackLanes, and `terms` terms of
+  // each. Further lanes are added up to a multiple of kColumns.
+  void (*pack)(const Source& source, int lanes, int64_t terms, const Panels& to);
 
-  // sums[row * kWidth + column] = or, if `add`, += the products of a left panel
-  // and `panels` right panels, each `panel_stride` numbers after the one before.
-  void (*multiply)(const uint16_t* left, const uint16_t* right, int64_t panel_stride, int panels,
-                   int64_t pairs, bool add, float* sums);
+  // sums[row * kWidth + column] = or, if `add`, += the products of the first `rows` lanes of a left
+  // panel, or more, and `panels` right panels, each `panel_stride` numbers after the one before.
+  void (*multiply)(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
+                   int panels, int64_t steps, bool add, Sum* sums);
+
+  // sums[row * kWidth + column] = the products of kFewRows rows at most and kWidth columns at most as
+  // they lie, with their terms next to each other. Null if there is no such way.
+  void (*multiply_unpacked)(const Source& left, int64_t rows, Source right, int64_t columns,
+                            int64_t terms, Sum* sums);
 
   // Scales, casts and writes a tile.
-  void (*write)(const float* sums, int64_t rows, int64_t columns, const Target& target);
+  void (*write)(const Sum* sums, int64_t rows, int64_t columns, const Target& target);
 };
 
-extern const DotKernels kPortableDot;
-extern const DotKernels kAvx512Dot;
+extern const DotKernels kPortableFloat8Dot;
+extern const DotKernels kAvx512Float8Dot;
+extern const DotKernels kPortableInt8Dot;
+extern const DotKernels kAvx512Int8Dot;
 
 }  // namespace mpjax
 

@@ -5,9 +5,11 @@
 
 namespace mpjax {
 
-enum class Isa { kPortable, kAvx512Bf16 };
+// In their order: each has what those before it have.
+enum class Isa { kPortable, kAvx512Vnni, kAvx512Bf16 };
 
-// The best that this CPU has; kPortable if the environment has MPJAX_NATIVE_ISA=portable.
+// The best that this CPU has, or the one that MPJAX_NATIVE_ISA names in the environment, if it has
+// that.
 Isa CurrentIsa();
 
 }  // namespace mpjax

@@ -1,4 +1,4 @@
-// A product of two float8 matrices with its scales, whatever they are stored like.
+// A product of two 8-bit matrices with its scales, whatever they are stored like.
 
 #ifndef MPJAX_KERNELS_NATIVE_PRODUCT_H_
 #define MPJAX_KERNELS_NATIVE_PRODUCT_H_
@@ -14,7 +14,7 @@ struct Matrix {
   int64_t lanes;        // rows of the left operand, columns of the right one
   int64_t lane_stride;  // one of the two is 1
   int64_t term_stride;
-  const DecodeTable* table;
+  const DecodeTable* table;  // of float8; null for int8
   const float* scale;    // of lane i: scale[i * scale_stride]
   int64_t scale_stride;  // 0 or 1
 };

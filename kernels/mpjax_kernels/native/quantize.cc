@@ -1,4 +1,5 @@
-// The call `mpjax_float8_quantize`: tensors in float8 by a scale each, and their amaxes, in a pass.
+// The call `mpjax_quantize`: tensors in float8 or int8 by a scale each, and their amaxes, in a pass.
+// A matrix with a scale per row is that many tensors.
 //
 //   amax   = largest |x|, NaN where an entry is not finite
 //   known  = scale; that of the amax where `scale` is 0; NaN where it or the amax is not finite
@@ -27,8 +28,8 @@ namespace ffi = xla::ffi;
 constexpr int64_t kChunk = 32768;  // entries
 
 const QuantizeKernels& CurrentKernels() {
-#if defined(MPJAX_HAS_AVX512_BF16)
-  if (CurrentIsa() == Isa::kAvx512Bf16) return kAvx512Quantize;
+#if defined(MPJAX_HAS_AVX512_VNNI)
+  if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Quantize;
 #endif
   return kPortableQuantize;
 }
@@ -48,19 +49,26 @@ float ScaleOf(float amax, float max) {
   return std::min(std::max(amax * (1.0f / max), kTiny), most);
 }
 
+using Threads = ffi::ThreadPool*;  // null: this thread alone
+
+template <typename Body>
+void For(Threads threads, int64_t count, const Body& body) {
+  if (threads != nullptr) return ParallelFor(*threads, count, body);
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 // One tensor, in chunks that are quantized in parallel.
 class Tensor {
  public:
-  Tensor(ffi::ThreadPool& pool, Input type, const void* x, int64_t count, const Float8& format,
-         uint8_t* values)
-      : pool_(pool), type_(type), x_(x), count_(count), format_(format), values_(values) {}
+  Tensor(Threads threads, Input type, const void* x, int64_t count, Output format, uint8_t* values)
+      : threads_(threads), type_(type), x_(x), count_(count), format_(format), values_(values) {}
 
   // Computes everything from the scale that is given.
   void Run(float scale, float& known, float& amax) {
     float by = scale;
     if (by == 0) {
       amax = Amax();
-      by = std::isfinite(amax) ? ScaleOf(amax, format_.max) : amax;
+      by = std::isfinite(amax) ? ScaleOf(amax, LargestOf(format_)) : amax;
       if (std::isfinite(by)) Quantize(by);
     } else {
       by = by > 0 ? std::max(by, std::numeric_limits<float>::min()) : by;
@@ -87,7 +95,7 @@ class Tensor {
   float LargestOfChunks(const Pass& pass) {
     const int64_t bytes = type_ == Input::kFloat32 ? 4 : 2;
     std::atomic<uint32_t> largest{0};
-    ParallelFor(pool_, (count_ + kChunk - 1) / kChunk, [&](int64_t i) {
+    For(threads_, (count_ + kChunk - 1) / kChunk, [&](int64_t i) {
       const int64_t first = i * kChunk, count = std::min(kChunk, count_ - first);
       const char* x = static_cast<const char*>(x_) + first * bytes;
       const uint32_t found = pass(x, first, count);
@@ -98,11 +106,11 @@ class Tensor {
     return AmaxOf(largest.load());
   }
 
-  ffi::ThreadPool& pool_;
+  const Threads threads_;
   const Input type_;
   const void* const x_;
   const int64_t count_;
-  const Float8& format_;
+  const Output format_;
   uint8_t* const values_;
 };
 
@@ -113,8 +121,9 @@ const char* Refusal(const ffi::AnyBuffer& x, const ffi::AnyBuffer& scale,
   if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) {
     return "x is neither float32 nor bfloat16";
   }
-  if (values.element_type() != ffi::F8E4M3FN && values.element_type() != ffi::F8E5M2) {
-    return "the values are neither E4M3FN nor E5M2";
+  const ffi::DataType type = values.element_type();
+  if (type != ffi::F8E4M3FN && type != ffi::F8E5M2 && type != ffi::S8) {
+    return "the values are neither E4M3FN nor E5M2 nor int8";
   }
   for (const ffi::AnyBuffer* each : {&scale, &known, &amax}) {
     if (each->element_type() != ffi::F32) return "scale and amax must be float32";
@@ -132,32 +141,43 @@ ffi::Error QuantizeTensors(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
                            ffi::Result<ffi::AnyBuffer> amax) {
   const char* refusal = Refusal(x, scale, *values, *known, *amax);
   if (refusal != nullptr) {
-    return ffi::Error::InvalidArgument(std::string("mpjax_float8_quantize: ") + refusal);
+    return ffi::Error::InvalidArgument(std::string("mpjax_quantize: ") + refusal);
   }
   const int64_t tensors = static_cast<int64_t>(amax->element_count());
   if (tensors == 0) return ffi::Error::Success();
   const int64_t count = static_cast<int64_t>(x.element_count()) / tensors;
-  const Float8& format = values->element_type() == ffi::F8E5M2 ? kE5M2 : kE4M3;
+  const Output format = values->element_type() == ffi::S8       ? Output::kInt8
+                        : values->element_type() == ffi::F8E5M2 ? Output::kE5M2
+                                                                : Output::kE4M3;
   const Input type = x.element_type() == ffi::F32 ? Input::kFloat32 : Input::kBfloat16;
   const int64_t bytes = type == Input::kFloat32 ? 4 : 2;
   const float* scales = static_cast<const float*>(scale.untyped_data());
-  KeepSubnormals keep;
-  for (int64_t i = 0; i < tensors; ++i) {
-    Tensor tensor(pool, type, static_cast<const char*>(x.untyped_data()) + i * count * bytes, count,
-                  format, static_cast<uint8_t*>(values->untyped_data()) + i * count);
+  const auto quantize = [&](int64_t i, Threads threads) {
+    Tensor tensor(threads, type, static_cast<const char*>(x.untyped_data()) + i * count * bytes,
+                  count, format, static_cast<uint8_t*>(values->untyped_data()) + i * count);
     tensor.Run(scales[i], static_cast<float*>(known->untyped_data())[i],
                static_cast<float*>(amax->untyped_data())[i]);
+  };
+  KeepSubnormals keep;
+  if (count > kChunk) {
+    for (int64_t i = 0; i < tensors; ++i) quantize(i, &pool);
+    return ffi::Error::Success();
   }
+  const int64_t at_once = kChunk / std::max<int64_t>(1, count);  // tensors of a chunk
+  ParallelFor(pool, (tensors + at_once - 1) / at_once, [&](int64_t chunk) {
+    const int64_t first = chunk * at_once, end = std::min(tensors, first + at_once);
+    for (int64_t i = first; i < end; ++i) quantize(i, nullptr);
+  });
   return ffi::Error::Success();
 }
 
 }  // namespace
 }  // namespace mpjax
 
-extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* mpjax_float8_quantize(
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* mpjax_quantize(
     XLA_FFI_CallFrame* call_frame);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_float8_quantize, mpjax::QuantizeTensors,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_quantize, mpjax::QuantizeTensors,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()  // x

@@ -1,4 +1,4 @@
-// What an instruction set brings to the cast to float8.
+// What an instruction set brings to the cast to 8 bits.
 
 #ifndef MPJAX_KERNELS_NATIVE_QUANTIZE_H_
 #define MPJAX_KERNELS_NATIVE_QUANTIZE_H_
@@ -10,6 +10,12 @@
 namespace mpjax {
 
 enum class Input { kFloat32, kBfloat16 };
+enum class Output { kE4M3, kE5M2, kInt8 };
+
+// The largest magnitude that values of a format take.
+inline float LargestOf(Output format) {
+  return format == Output::kE4M3 ? kE4M3.max : format == Output::kE5M2 ? kE5M2.max : 127.0f;
+}
 
 struct QuantizeKernels {
   // The bits of the largest |x|, which order non-negative floats as their size, infinity above all
@@ -17,7 +23,7 @@ struct QuantizeKernels {
   uint32_t (*largest)(Input type, const void* x, int64_t count);
 
   // values = saturate(round(x / scale)), and the bits of the largest |x|.
-  uint32_t (*quantize)(Input type, const void* x, int64_t count, float scale, const Float8& format,
+  uint32_t (*quantize)(Input type, const void* x, int64_t count, float scale, Output format,
                        uint8_t* values);
 };
 

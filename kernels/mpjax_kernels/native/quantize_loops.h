@@ -1,10 +1,10 @@
-// The loops of the cast to float8, in integers that compilers vectorize. Compiled once for each
+// The loops of the cast to 8 bits, in integers that compilers vectorize. Compiled once for each
 // instruction set, so all is in an unnamed namespace.
 //
 // Half of the last place that is kept, less one bit if that is even, and the cut after it round to
 // nearest even; a carry out of the mantissa adds one to the exponent, as it should. Subnormal
 // numbers are multiples of the smallest one, which is the last place of `smallest * 2**23`: the sum
-// with that has them as its last bits, rounded by the addition.
+// with that has them as its last bits, rounded by the addition. Integers are found likewise.
 
 #ifndef MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
 #define MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
@@ -66,11 +66,37 @@ uint32_t QuantizeTo(const T* __restrict x, int64_t count, float scale, float max
 }
 
 template <typename T>
-uint32_t QuantizeAs(const Float8& format, const void* x, int64_t count, float scale,
-                    uint8_t* values) {
+uint32_t QuantizeToInt8(const T* __restrict x, int64_t count, float scale,
+                        uint8_t* __restrict values) {
+  const float shift = 3 << 22;  // beside it a last place is 1, and negative numbers borrow from it
+  // XLA multiplies by the inverse of a scale that many numbers share, which rounds some ties
+  // otherwise than a division.
+  const float inverse = 1.0f / scale;
+  const uint32_t limit = BitsOf(LargestOf(Output::kInt8));
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = LoadBits(x[i]);
+    const uint32_t given = bits & 0x7FFFFFFFu;
+    largest = given > largest ? given : largest;
+    uint32_t magnitude = BitsOf(FromBits(given) * inverse);
+    magnitude = magnitude > limit ? limit : magnitude;
+    const float value = FromBits(magnitude | (bits & 0x80000000u));
+    values[i] = static_cast<uint8_t>(BitsOf(value + shift));
+  }
+  return largest;
+}
+
+template <typename T>
+uint32_t QuantizeAs(Output format, const void* x, int64_t count, float scale, uint8_t* values) {
   const T* from = static_cast<const T*>(x);
-  return format.has_infinity ? QuantizeTo<T, 2, 15>(from, count, scale, format.max, values)
-                             : QuantizeTo<T, 3, 7>(from, count, scale, format.max, values);
+  switch (format) {
+    case Output::kE4M3:
+      return QuantizeTo<T, 3, 7>(from, count, scale, kE4M3.max, values);
+    case Output::kE5M2:
+      return QuantizeTo<T, 2, 15>(from, count, scale, kE5M2.max, values);
+    default:
+      return QuantizeToInt8(from, count, scale, values);
+  }
 }
 
 uint32_t Largest(Input type, const void* x, int64_t count) {
@@ -78,7 +104,7 @@ uint32_t Largest(Input type, const void* x, int64_t count) {
                                  : LargestOf(static_cast<const uint16_t*>(x), count);
 }
 
-uint32_t Quantize(Input type, const void* x, int64_t count, float scale, const Float8& format,
+uint32_t Quantize(Input type, const void* x, int64_t count, float scale, Output format,
                   uint8_t* values) {
   return type == Input::kFloat32 ? QuantizeAs<float>(format, x, count, scale, values)
                                  : QuantizeAs<uint16_t>(format, x, count, scale, values);

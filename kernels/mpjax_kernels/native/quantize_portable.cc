@@ -1,4 +1,4 @@
-// The cast to float8, by whatever the compiler makes of the loops.
+// The cast to 8 bits, by whatever the compiler makes of the loops.
 
 #include "quantize_loops.h"
 

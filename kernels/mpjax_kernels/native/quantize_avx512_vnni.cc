@@ -1,4 +1,4 @@
-// The cast to float8 of 16 numbers at a time: `vdivps`, integer arithmetic, and `vpmovdb`, which
+// The cast to 8 bits of 16 numbers at a time: `vdivps`, integer arithmetic, and `vpmovdb`, which
 // cuts numbers to their last byte.
 
 #include "quantize_loops.h"

@@ -1,0 +1,56 @@
+// The product of float8 matrices in plain C++, which is right on every machine.
+
+#include <cstring>
+
+#include "tile_portable.h"
+
+namespace mpjax {
+namespace {
+
+float FromBfloat16(uint16_t number) {
+  const uint32_t bits = static_cast<uint32_t>(number) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
+  const DecodeTable& table = *source.table;
+  ForEachPacked(source, lanes, terms, to.is_left, [&](uint8_t bits, int panel, int width, int lane,
+                                                      int64_t term) {
+    const int high = table.high[bits & 0x7F] | (bits & 0x80);
+    to.data[panel * to.stride + (term / 2) * 2 * width + 2 * lane + term % 2] =
+        static_cast<uint16_t>((high << 8) | table.low[bits & 0x7F]);
+  });
+}
+
+void Multiply(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
+              int panels, int64_t pairs, bool add, Sum* sums) {
+  for (int row = 0; row < rows; ++row) {
+    for (int panel = 0; panel < panels; ++panel) {
+      float total[kColumns];
+      Sum* to = sums + row * kWidth + panel * kColumns;
+      for (int column = 0; column < kColumns; ++column) total[column] = add ? to[column].real : 0;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const uint16_t* a = left + 2 * (pair * kRows + row);
+        const uint16_t* b = right + panel * panel_stride + 2 * pair * kColumns;
+        const float first = FromBfloat16(a[0]), second = FromBfloat16(a[1]);
+        for (int column = 0; column < kColumns; ++column) {
+          total[column] += first * FromBfloat16(b[2 * column]);
+          total[column] += second * FromBfloat16(b[2 * column + 1]);
+        }
+      }
+      for (int column = 0; column < kColumns; ++column) to[column].real = total[column];
+    }
+  }
+}
+
+void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target) {
+  WriteTile(sums, rows, columns, target, [](const Sum& sum) { return sum.real; });
+}
+
+}  // namespace
+
+const DotKernels kPortableFloat8Dot = {2, Pack, Multiply, nullptr, Write};
+
+}  // namespace mpjax
