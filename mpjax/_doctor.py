@@ -104,9 +104,9 @@ def _becomes(mode: Mode, target: Target | None) -> str:
         return f"{mode.weights} x {mode.weights}, native"
     is_float8 = mode.weights.startswith("float8") and mode.granularity != "128x128"
     if target.platform == "cpu" and is_float8:
-        native = mk.native_kernels().isa
-        if native is not None:
-            return f"native kernels decode to bfloat16 in registers ({native})"
+        native = mk.native_kernels()
+        if mode.weights in native.formats:
+            return f"native kernels decode to bfloat16 in registers ({native.isa})"
     return "emulated: decoded, and multiplied in more bits"
 
 
@@ -117,7 +117,7 @@ def _kernels(target: Target | None) -> Rows:
         rows.append(("products, in the order tried", names))
     native = mk.native_kernels()
     if native.isa is not None:
-        rows.append(("native CPU kernels", f"used, with {native.isa}"))
+        rows.append(("native CPU kernels", f"used, with {native.isa}: {', '.join(native.formats)}"))
         return rows
     rows.append(("native CPU kernels", f"not used: {native.refusal}"))
     rows.append(("", f"this CPU is {platform.machine()}, {resolve_target('cpu').name}"))

@@ -105,7 +105,8 @@ def test_doctor_says_what_each_mode_becomes(monkeypatch):
 @pytest.mark.parametrize("isa", [None, "avx512_bf16"])
 def test_doctor_knows_what_native_kernels_multiply(monkeypatch, isa):
     monkeypatch.setattr(_doctor, "resolve_target", lambda *_: mp.resolve_target("cpu-avx512-bf16"))
-    monkeypatch.setattr(mk, "native_kernels", lambda: mk.NativeKernels(isa, None if isa else "no"))
+    formats = ("int8", "float8_e4m3fn") if isa else ()
+    monkeypatch.setattr(mk, "native_kernels", lambda: mk.NativeKernels(isa, None, formats))
     becomes = {row[0]: row[-1] for row in rows_of("Modes")[1:]}
     emulated = "emulated: decoded, and multiplied in more bits"
     native = f"native kernels decode to bfloat16 in registers ({isa})"
@@ -134,7 +135,7 @@ def test_what_was_noted_when_the_package_was_built(monkeypatch, tmp_path):
     about = sys.modules["mpjax_kernels._about"]
     monkeypatch.delenv("MPJAX_NATIVE", raising=False)
     monkeypatch.setattr(about, "_PATH", tmp_path / "absent.so")
-    monkeypatch.setattr(about, "native_refusal", lambda: "absent.so is not there")
+    monkeypatch.setattr(about, "native_refusal", lambda _: "absent.so is not there")
     monkeypatch.setattr(about, "_BUILD_NOTE", tmp_path / "native_build.txt")
     assert str(mk.native_kernels().refusal).endswith("a checkout that was not installed")
     (tmp_path / "native_build.txt").write_text("none of the C++ compilers c++, g++ was found\n")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._dot_general import IMPLEMENTATIONS
-from ._native_library import _PATH, native_refusal
+from ._native_library import _PATH, FLOAT8, INT8, native_refusal
 
 _BUILD_NOTE = Path(__file__).parent / "native_build.txt"  # written by hatch_build.py
 _ONLY_IF_NAMED = ("tpu",)
@@ -19,19 +19,22 @@ class NativeKernels:
     Attributes:
         isa: The instruction set that they use here; None if they are not used.
         refusal: Why they are not used; None if they are.
+        formats: The formats of which they multiply two operands.
     """
 
     isa: str | None
     refusal: str | None
+    formats: tuple[str, ...] = ()
 
 
 def native_kernels() -> NativeKernels:
     """Returns whether the native CPU kernels are used here, and else why not."""
-    refusal = native_refusal()
-    if refusal is None:
+    formats = tuple(each for each in (*INT8, *FLOAT8) if native_refusal(each) is None)
+    refusal = native_refusal(INT8[0])  # the format that asks the least of a CPU
+    if formats:
         library = ctypes.CDLL(str(_PATH))
         library.mpjax_native_isa.restype = ctypes.c_char_p
-        return NativeKernels(library.mpjax_native_isa().decode(), None)
+        return NativeKernels(library.mpjax_native_isa().decode(), None, formats)
     if not _PATH.exists() and os.environ.get("MPJAX_NATIVE") != "0":
         refusal = "they were not compiled, as this is a checkout that was not installed"
         if _BUILD_NOTE.exists():
@@ -51,5 +54,5 @@ def implementations(platform: str) -> tuple[str, ...]:
         for name, each in IMPLEMENTATIONS.items()
         if (not each.platforms or platform in each.platforms)
         and name not in _ONLY_IF_NAMED
-        and not (each.is_native and native_refusal())
+        and not (each.is_native and native_refusal(INT8[0]))
     )
