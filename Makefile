@@ -6,13 +6,14 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu lint bench
+.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu lint bench \
+  bench-tpu
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
 	@echo "make demo | demo-nnx | train-float8 | generate | sentence-encoder | test | test-all |" \
-	  "test-tpu | test-gpu | lint | bench  [PYTHON=...] [ARGS=...]"
+	  "test-tpu | test-gpu | lint | bench | bench-tpu  [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py $(ARGS)
@@ -39,7 +40,7 @@ test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
-test-tpu: .venv/dev,tpu-compile.stamp
+test-tpu: .venv/dev,tpu.stamp
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile $(ARGS)
 
 # The same of the NVIDIA compiler. Autotuning would run kernels on the GPU that is not there.
@@ -51,7 +52,7 @@ test-gpu: .venv-gpu/stamp
 # says on stderr that there is none.
 .venv-gpu/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --editable ".[dev,gpu-compile]"
+	.venv-gpu/bin/python -m pip install --quiet --editable ".[dev,cuda-compile]"
 	@touch $@
 
 # The variable stops the pyright wrapper from asking the network for a newer version.
@@ -61,9 +62,13 @@ lint: .venv/dev.stamp
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/bench.stamp
-	@for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
+	@for script in $(filter-out benchmarks/decode_bytes.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
+
+# It asks the TPU compiler, and times nothing.
+bench-tpu: .venv/dev,tpu.stamp
+	$(BIN)/python benchmarks/decode_bytes.py $(ARGS)
 
 # `touch` comes last, so an installation that was interrupted is done again.
 .venv/%.stamp: pyproject.toml hatch_build.py $(wildcard kernels/mpjax_kernels/native/*)

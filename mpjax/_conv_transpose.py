@@ -13,7 +13,7 @@ import jax
 
 import mpjax_kernels as mk
 
-from ._products import QuantizedConv
+from ._conv_product import QuantizedConv
 
 Padding = str | int | Sequence[Any]
 

@@ -41,16 +41,28 @@ class PolicyLookup(Mapping[str, DTypePolicy]):
         Raises:
             ValueError: If several keys match `path` and none is equal to it.
         """
+        key = self._key_of(path)
+        return self.default_policy if key is None else self._table()[key]
+
+    def names(self, path: str) -> bool:
+        """Whether a key is about a layer path, so that it does not get the default policy.
+
+        Raises:
+            ValueError: If several keys match `path` and none is equal to it.
+        """
+        return self._key_of(path) is not None
+
+    def _key_of(self, path: str) -> str | None:
         table = self._table()
         if path in table:
-            return table[path]
+            return path
         matches = [key for key in table if re.fullmatch(key, path)]
         if len(matches) > 1:
             raise ValueError(
                 f"Path '{path}' matches multiple dtype policy specification keys: {matches}. "
                 "Please make sure each path only matches at most one key of the DTypePolicyMap."
             )
-        return table[matches[0]] if matches else self.default_policy
+        return matches[0] if matches else None
 
     def __contains__(self, key: object) -> bool:
         return key in self._table()

@@ -21,17 +21,20 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._context import Product, active, calibration_in_progress
+from ._decisions import FORWARD, QUANTIZED, WEIGHTS, Decision, left
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
-from ._prescaled import PreScaledWeight, prescaled
+from ._prescaled import PreScaledWeight, is_stored, prescaled
+from ._roofline import NO_SIZE, ProductSize, why_plain
 from ._scaling import ScalingState
-from ._stored import Stored, runs
+from ._stored import CannotStoreError, Stored, cut, runs
+from ._target import Target
 
 Operand = jax.Array | mk.QTensor | PreScaledWeight
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
-_IN_8_BITS = ("native", "cpu", "gpu", "xla")
-_CONV_IN_8_BITS = ("cpu", "xla")
+IN_8_BITS = ("native", "cpu", "gpu", "xla")
+_CONVIN_8_BITS = ("cpu", "xla")
 
 
 class States(Protocol):
@@ -74,7 +77,7 @@ class Kernel(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _QuantizedProduct:
+class QuantizedProduct:
     """What the products share.
 
     Attributes:
@@ -85,6 +88,7 @@ class _QuantizedProduct:
       states: the scales that are known before.
       path: the layer's path, under which the product is reported to `observe`; None: not reported.
       kernel: where the layer keeps its kernel; None if it has none.
+      profitable_on: the target on which a product that 8 bits would slow down is left as it is.
     """
 
     compute_dtype: str
@@ -93,6 +97,50 @@ class _QuantizedProduct:
     states: States = Stateless()
     path: str | None = None
     kernel: Kernel | None = None
+    profitable_on: Target | None = None
+
+    def _size(self, lhs: jax.Array, rhs: Any, rhs_axes: Any, batch: Any) -> ProductSize:
+        """The sizes of the product, where they decide anything."""
+        if self.profitable_on is None:
+            return NO_SIZE
+        return ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+
+    def _why_plain(self, size: ProductSize, rhs: Any, *, to_store: bool = False) -> str | None:
+        """Why 8 bits would cost time for a float weight: quantized here, or to be stored."""
+        if self.profitable_on is None or self.stored.activation is None:
+            return None
+        if is_stored(rhs) or calibration_in_progress() is not None:
+            return None
+        operands = {"input"} if to_store else {"input", "kernel"}
+        return why_plain(
+            self.profitable_on,
+            size,
+            compute_dtype=self.compute_dtype,
+            format=self.stored.format,
+            weight_bytes=rhs.dtype.itemsize,
+            is_stored=to_store,
+            is_scale_known=operands <= self.states.read().keys(),
+        )
+
+    def _observe(self, size: ProductSize, rhs: Any, product: Product) -> None:
+        """Reports the product to who watches a trace, and if its weight is not worth storing."""
+        why = self._why_plain(size, rhs, to_store=True)
+        observe_product(self.path, dataclasses.replace(product, left=why))
+
+    def _decision(self, rhs: Any, summed: tuple[int, ...], size: ProductSize) -> Decision:
+        """What becomes of the product with a kernel: `summed` are the axes that it sums over."""
+        if isinstance(rhs, mk.QTensor | PreScaledWeight):
+            return Decision(WEIGHTS if self.stored.activation is None else QUANTIZED)
+        if self._why_plain(size, rhs) is not None:
+            return left("unprofitable")
+        if self.formats is not None:
+            backward = (*self.formats.dlhs, *self.formats.drhs)
+            return Decision(FORWARD if None in backward else QUANTIZED)
+        try:
+            cut(self.stored, tuple(rhs.shape), summed)
+        except CannotStoreError:
+            return left("refused")
+        return left("unquantized")
 
     def _calibrating(
         self, lhs: jax.Array, rhs: Any, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
@@ -126,7 +174,7 @@ class _QuantizedProduct:
         return activation.astype(x.dtype) if is_array else activation, weight.quantized
 
     def _trained(
-        self, product: Any, *operands: Any, implementation: Any = _IN_8_BITS, **options: Any
+        self, product: Any, *operands: Any, implementation: Any = IN_8_BITS, **options: Any
     ) -> jax.Array:
         """One of the differentiable products of `mpjax_kernels`, by the states' scales."""
         states = self.states.read()
@@ -151,7 +199,8 @@ class _QuantizedProduct:
             raise TypeError(
                 f"a weight is stored in {weight.format.name} ({weight!r}), but the policy of its "
                 f"layer stores {self.stored.format}: apply quantized variables with the policy "
-                "that they were quantized under"
+                "that they were quantized under, or load them by mp.load(path, target=...) for "
+                "the hardware of this one"
             )
         how = self.stored.activation
         if how is None:
@@ -187,7 +236,7 @@ def _probes(states: Mapping[str, ScalingState]) -> mk.DotScales:
     return mk.DotScales(probes.get("input"), probes.get("kernel"), probes.get("output_grad"))
 
 
-class QuantizedDotGeneral(_QuantizedProduct):
+class QuantizedDotGeneral(QuantizedProduct):
     """`lax.dot_general(activation, kernel)` in 8 bits; the kernel an array or stored."""
 
     def __call__(
@@ -200,21 +249,35 @@ class QuantizedDotGeneral(_QuantizedProduct):
         out_sharding: Any = None,
     ) -> jax.Array:
         """Same arguments as `jax.lax.dot_general`."""
-        _refuse_out_sharding(out_sharding)
-        (lhs_axes, rhs_axes), (_, batch) = dimension_numbers
+        refuse_out_sharding(out_sharding)
+        (_, rhs_axes), (_, batch) = dimension_numbers
         summed = tuple(sorted(rhs_axes))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
+        size = self._size(lhs, rhs, rhs_axes, batch)
+        self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
+        decision = self._decision(rhs, summed, size)
+        with decision.scope():
+            return self._multiply(decision, lhs, rhs, dimension_numbers, **options)
+
+    def _multiply(
+        self,
+        decision: Decision,
+        lhs: jax.Array,
+        rhs: Operand,
+        dimension_numbers: Any,
+        **options: Any,
+    ) -> jax.Array:
+        lhs_axes, rhs_axes = dimension_numbers[0]
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
-            return mk.dot_general(x, w, dimension_numbers, implementation=_IN_8_BITS, **options)
+            return mk.dot_general(x, w, dimension_numbers, implementation=IN_8_BITS, **options)
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jax.lax.dot_general(lhs, observed, dimension_numbers, **options)
-        if self.formats is None:
+        if decision.is_left:
             return jax.lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, **options)
         return self._trained(mk.quantized_dot_general, lhs, rhs, dimension_numbers, **options)
 
@@ -243,7 +306,7 @@ class StoredEmbedding:
         return self.product(jnp.asarray(query, self.product.compute_dtype), table, axes)
 
 
-class QuantizedEinsum(_QuantizedProduct):
+class QuantizedEinsum(QuantizedProduct):
     """`jnp.einsum(equation, activation, kernel)` in 8 bits; fields as `QuantizedDotGeneral`'s."""
 
     def __call__(
@@ -257,79 +320,52 @@ class QuantizedEinsum(_QuantizedProduct):
         out_sharding: Any = None,
     ) -> jax.Array:
         """Same arguments as `jnp.einsum` with two operands, the second the kernel."""
-        _refuse_out_sharding(out_sharding)
+        refuse_out_sharding(out_sharding)
         lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
         _, batch = mk.batch_axes(equation, lhs.ndim, rhs.ndim)
         summed = tuple(sorted(rhs_axes))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=batch))
+        size = self._size(lhs, rhs, rhs_axes, batch)
+        self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=batch))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
+        decision = self._decision(rhs, summed, size)
+        with decision.scope():
+            return self._multiply(decision, equation, lhs, rhs, lhs_axes, rhs_axes, **options)
+
+    def _multiply(
+        self,
+        decision: Decision,
+        equation: str,
+        lhs: jax.Array,
+        rhs: Operand,
+        lhs_axes: Any,
+        rhs_axes: Any,
+        **options: Any,
+    ) -> jax.Array:
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
-            return mk.einsum(equation, x, w, implementation=_IN_8_BITS, **options)
+            return mk.einsum(equation, x, w, implementation=IN_8_BITS, **options)
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jnp.einsum(equation, lhs, observed, **options)
-        if self.formats is None:
+        if decision.is_left:
             return jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), **options)
         return self._trained(mk.quantized_einsum, equation, lhs, rhs, **options)
 
 
-class QuantizedConv(_QuantizedProduct):
-    """`lax.conv_general_dilated(activation, kernel)` in 8 bits; fields as the others'."""
-
-    def __call__(
-        self,
-        lhs: jax.Array,
-        rhs: jax.Array | mk.QTensor,
-        window_strides: Any,
-        padding: Any,
-        lhs_dilation: Any = None,
-        rhs_dilation: Any = None,
-        dimension_numbers: Any = None,
-        feature_group_count: int = 1,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-        out_sharding: Any = None,
-    ) -> jax.Array:
-        """Same arguments as `jax.lax.conv_general_dilated`."""
-        _refuse_out_sharding(out_sharding)
-        spec = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        summed = tuple(sorted(spec.rhs_spec[1:]))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, is_conv=True))
-        options = {
-            "lhs_dilation": lhs_dilation,
-            "rhs_dilation": rhs_dilation,
-            "dimension_numbers": dimension_numbers,
-            "feature_group_count": feature_group_count,
-            "precision": precision,
-            "preferred_element_type": self._result_dtype(preferred_element_type),
-        }
-        how = {"implementation": _CONV_IN_8_BITS, **options}
-        if isinstance(rhs, mk.QTensor):
-            x = self._activation(lhs, rhs, tuple(sorted(spec.lhs_spec[1:])))
-            return mk.conv_general_dilated(x, rhs, window_strides, padding, **how)
-        observed = self._calibrating(lhs, rhs, (), ())
-        if observed is not None:
-            return jax.lax.conv_general_dilated(lhs, observed, window_strides, padding, **options)
-        if self.formats is None:
-            rhs = rhs.astype(lhs.dtype)
-            return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-        product = mk.quantized_conv_general_dilated
-        return self._trained(product, lhs, rhs, window_strides, padding, **how)
-
-
 def observe_embedding(path: str, shape: tuple[int, ...]) -> None:
     """Reports the table of a layer, whose rows are output channels in `attend`."""
-    _observe(path, Product("embedding", shape, (1,)))
+    observe_product(path, Product("embedding", shape, (1,)))
 
 
-def _observe(path: str | None, product: Product) -> None:
+def observe_product(path: str | None, product: Product) -> None:
     frame = active.value
     if path is not None and frame is not None and frame.observation is not None:
         known = frame.observation.products.setdefault(path, product)
+        if known.left is not None and product.left is None:
+            frame.observation.products[path] = product
         if known.contracting != product.contracting:
             raise NotImplementedError(
                 f"layer '{path}' contracts its kernel over axes {known.contracting} in one call "
@@ -338,38 +374,9 @@ def _observe(path: str | None, product: Product) -> None:
             )
 
 
-def _refuse_out_sharding(out_sharding: Any) -> None:
+def refuse_out_sharding(out_sharding: Any) -> None:
     if out_sharding is not None:
         raise NotImplementedError(
             f"`out_sharding` = {out_sharding} on a quantized layer is not built yet; constrain the "
             "output with `jax.lax.with_sharding_constraint`, or leave this layer unquantized"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class PromoteAroundKernel:
-    """A layer's `promote_dtype(inputs, kernel, bias)` that leaves the kernel as it is stored.
-
-    A kernel that is not quantized yet is quantized from its master copy, so that the outputs are
-    those of the quantized variables, bit for bit.
-
-    Attributes:
-      dtype: name of the dtype that inputs (integers too, as Flax does) and bias are cast to.
-      variadic: Linen passes the arrays one by one, NNX passes one tuple.
-    """
-
-    dtype: str
-    variadic: bool
-
-    def __call__(self, *args: Any, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
-        """Casts; the layer's own `dtype` argument is what this object stands in for."""
-        del dtype, inexact
-        inputs, kernel, bias = args if self.variadic else args[0]
-        inputs = jnp.asarray(inputs)
-        if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"a layer with a quantized policy got {inputs.dtype} inputs of shape "
-                f"{inputs.shape}: an 8-bit product is real. Give the layer a float policy"
-            )
-        bias = None if bias is None else jnp.asarray(bias, self.dtype)
-        return inputs.astype(self.dtype), kernel, bias

@@ -74,6 +74,16 @@ def test_calibration(capsys):
         np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.15)
 
 
+def test_what_the_compiler_makes_of_it(capsys):
+    scope = {}
+    exec(block_after("Linen"), scope)
+    exec(block_with("mp.explain("), scope)
+    report = scope["report"]
+    assert [(row.path, row.reason) for row in report.products] == [("Dense_0", ""), ("Dense_1", "")]
+    assert report.share_in_8_bits == 1.0 and capsys.readouterr().out == f"{report}\n"
+    assert all(f"`{word}`" in README for word in scope["mp"].REASONS if word)
+
+
 def test_weights_from_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
@@ -84,6 +94,22 @@ def test_weights_from_disk(tmp_path, monkeypatch):
     for a, b in zip(*map(jax.tree.leaves, (scope["from_disk"], expected)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert jax.tree.structure(scope["shapes"]) == jax.tree.structure(expected)
+
+
+def test_hardware(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block_after("Linen"), scope)
+    variables = scope["variables"]
+    exec(block_after("Hardware"), scope)
+    assert scope["model"].policy.name == "int8_from_mixed_bfloat16"
+    kernel = scope["quantized"]["params"]["Dense_0"]["kernel"]
+    assert kernel.format.name == "float8_e4m3fn" and scope["variables"] is variables
+    wide, thin = scope[
+        "report"
+    ].weights  # 8 rows: the larger weight is the one worth reading less of
+    assert wide.reason is None and thin.reason.startswith("8 bits cost time on v6e: 8 rows of 256")
+    assert "float8_e4m3fn" in capsys.readouterr().out
 
 
 def test_the_policies_with_a_cache_in_8_bits():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped
 
+from . import _tpu_rows
 from ._contraction import Contraction
 from ._groups import grouped_dot, has_scale_per_term, is_grouped
 from ._qtensor import QTensor, describe
@@ -57,7 +58,11 @@ def dot_general(
         return jnp.zeros(contraction.result_shape, dtype)
     product = partial(scaled_dot, dot=partial(_dot, precision=precision))
     if is_grouped(lhs, contraction.lhs_contract) or is_grouped(rhs, contraction.rhs_contract):
-        return grouped_dot(lhs, rhs, contraction, product).astype(dtype)
+        groups = partial(grouped_dot, contraction=contraction, product=product)
+        if not _tpu_rows.takes_groups(lhs, rhs, contraction):
+            return groups(lhs, rhs).astype(dtype)
+        rows = partial(_tpu_rows.grouped_dot, contraction=contraction, precision=precision)
+        return jax.lax.platform_dependent(lhs, rhs, tpu=rows, default=groups).astype(dtype)
     return product(lhs, rhs, contraction).astype(dtype)
 
 
@@ -165,8 +170,8 @@ def _array_dot(
     left, right = (
         decode(o, dtype) if isinstance(o, QTensor) else o.astype(dtype) for o in (lhs, rhs)
     )
-    return jax.lax.dot_general(
-        left, right, contraction.dimension_numbers, precision, preferred_element_type=jnp.float32
+    return _tpu_rows.dot_general(
+        left, right, contraction, precision=precision, preferred_element_type=jnp.float32
     )
 
 
@@ -182,12 +187,10 @@ def _float_dot(
         left, right = lhs.values, rhs.values
         # At the default precision XLA:GPU may accumulate float8 in less than float32.
         precision = jax.lax.Precision.HIGHEST if precision is None else precision
-    return jax.lax.dot_general(
-        left, right, contraction.dimension_numbers, precision, preferred_element_type=jnp.float32
+    return _tpu_rows.dot_general(
+        left, right, contraction, precision=precision, preferred_element_type=jnp.float32
     )
 
 
 def _int8_dot(lhs: Array, rhs: Array, contraction: Contraction) -> Int32[Array, "*out"]:
-    return jax.lax.dot_general(
-        lhs, rhs, contraction.dimension_numbers, preferred_element_type=jnp.int32
-    )
+    return _tpu_rows.dot_general(lhs, rhs, contraction, preferred_element_type=jnp.int32)

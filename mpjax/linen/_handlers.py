@@ -21,17 +21,18 @@ import mpjax_kernels as mk
 from .._adapters import is_half
 from .._attention import PRODUCTS, QuantizedAttention, linen_attention
 from .._cast import in_dtypes_of
+from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
+from .._decisions import NONE, Decision, left
 from .._kv_cache import check_cache, refuse_own_attention
 from .._products import (
-    PromoteAroundKernel,
-    QuantizedConv,
     QuantizedDotGeneral,
     QuantizedEinsum,
     Stateless,
     StoredEmbedding,
     observe_embedding,
 )
+from .._promote import PromoteAroundKernel
 from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._kv_cache import REMEDY, Decoding
 from ._layer import Layer, author_dtype, lent
@@ -79,7 +80,21 @@ def default(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str
         return call(*args, **kwargs)
 
 
-register(nn.ConvLocal, nn.PReLU)(default)
+def _left(
+    decision: Decision, layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """`default`, in a program that says why, if the policy would have the layer quantized."""
+    with (decision if layer.policy.quantization_mode is not None else NONE).scope():
+        return default(layer, call, args, kwargs)
+
+
+register(nn.PReLU)(default)
+
+
+@register(nn.ConvLocal)
+def _conv_local(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A window of weights for each position: there is no 8-bit product for it."""
+    return _left(left("refused"), layer, call, args, kwargs)
 
 
 def product_fields(layer: Layer) -> dict[str, Any] | None:
@@ -95,6 +110,7 @@ def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:
         "compute_dtype": layer.policy.compute_dtype,
         "formats": recipe.formats,
         "stored": recipe.stored,
+        "profitable_on": recipe.profitable_on,
         "states": LayerStates(layer, recipe, prefix) if recipe.states else Stateless(),
     }
 
@@ -114,7 +130,7 @@ def _dot(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, A
     author = module.dot_general is not None or module.dot_general_cls is not None
     fields = product_fields(layer)
     if fields is None or author:
-        return default(layer, call, args, kwargs)
+        return _left(left("author"), layer, call, args, kwargs)
     return _with_product(layer, call, args, kwargs, dot_general=QuantizedDotGeneral(**fields))
 
 
@@ -124,7 +140,7 @@ def _conv(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, 
     author = module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None
     fields = product_fields(layer)
     if fields is None or author:
-        return default(layer, call, args, kwargs)
+        return _left(left("author"), layer, call, args, kwargs)
     return _with_product(layer, call, args, kwargs, conv_general_dilated=QuantizedConv(**fields))
 
 
@@ -135,7 +151,7 @@ def _conv_transpose(
     """Like `nn.Einsum` it has no door for another product."""
     fields = product_fields(layer)
     if fields is None or layer.method != "__call__" or not multiplies_plainly(layer.module):
-        return default(layer, call, args, kwargs)
+        return _left(left("refused"), layer, call, args, kwargs)
     return _quantized_conv_transpose(layer, QuantizedConvTranspose(**fields), *args, **kwargs)
 
 
@@ -175,7 +191,7 @@ def _embed(layer: Layer, call: Call, args: tuple[Any, ...], kwargs: Mapping[str,
         return default(layer, call, args, kwargs)
     observe_embedding(layer.full_path, module.embedding.shape)
     if not isinstance(module.embedding, mk.QTensor):
-        return default(layer, call, args, kwargs)
+        return _left(left("unquantized"), layer, call, args, kwargs)
     product = QuantizedDotGeneral(layer.policy.compute_dtype, recipe.formats, recipe.stored)
     stored = StoredEmbedding(product)
     run = stored.look_up if layer.method == "__call__" else stored.attend

@@ -15,6 +15,7 @@ import flax.linen as nn
 from .._adapters import output_dtype_at
 from .._cast import cast_floating
 from .._context import Frame, active
+from .._decisions import NONE, Decision, at_path, of_attention, of_author
 from .._paths import join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
@@ -51,11 +52,13 @@ def interceptor(frame: Frame, visits: Visits) -> Callable[..., Any]:
             visits.kept[path] = own is not None
             _observe(frame, join(module.path), DTypePolicy(own) if own else policy)
         if own is not None:
-            return call(*args, **kwargs)
+            with of_author(frame.policy, path, own).scope():
+                return call(*args, **kwargs)
         layer = Layer(module, method, path, join(module.path), policy)
         # The output of the wrapped module itself (path "") is cast by `_wrap._call`.
         output_dtype = output_dtype_at(frame.policy, path) if path else None
-        return _run(layer, call, args, kwargs, output_dtype)
+        with _decision(frame, layer).scope():
+            return _run(layer, call, args, kwargs, output_dtype)
 
     return intercept
 
@@ -66,6 +69,14 @@ def _resolve(frame: Frame, full_path: tuple[str, ...]) -> tuple[str, DTypePolicy
     path = join(full_path[len(frame.root) :] if inside else full_path)
     default_policy = getattr(frame.policy, "default_policy", frame.policy)
     return path, resolve(frame.policy, path) if inside else default_policy
+
+
+def _decision(frame: Frame, layer: Layer) -> Decision:
+    """What the policy decided about the products of a layer; nothing about those of others."""
+    if isinstance(layer.module, nn.MultiHeadDotProductAttention):
+        return of_attention(frame.policy, layer.path)
+    is_layer = handler_of(layer.module) is not None or _is_leaf_layer(layer.module)
+    return at_path(frame.policy, layer.path) if is_layer else NONE
 
 
 def _run(

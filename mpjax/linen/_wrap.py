@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from .._adapters import (
     BASE,
@@ -34,6 +35,7 @@ from .._adapters import (
 )
 from .._cast import cast_floating
 from .._context import Frame, active, current_observation
+from .._decisions import ROOT
 from .._paths import check_keys, join, nodes, owner_paths
 from .._policy_map import FrozenDTypePolicyMap, resolve
 from ._intercept import Visits, interceptor
@@ -204,7 +206,7 @@ def _entered(module: nn.Module) -> Iterator[Visits | None]:
             yield None
             return
     visits = Visits()
-    with active(frame), nn.intercept_methods(interceptor(frame, visits)):
+    with active(frame), nn.intercept_methods(interceptor(frame, visits)), jax.named_scope(ROOT):
         yield visits
 
 

@@ -11,6 +11,7 @@ unwrapping is setting the class back.
              descriptors in the class, which shadow the instance's own
 """
 
+import contextlib
 import functools
 import inspect
 import types
@@ -22,7 +23,9 @@ from flax import nnx
 from .._adapters import BASE, POLICY, ROOT, PolicyAttribute, refuse_if_suspended, takes_self
 from .._cast import cast_floating
 from .._context import Frame, active
+from .._decisions import NONE, Decision
 from .._policy import DTypePolicy
+from ._names import named
 from ._states import bound
 from ._views import reading
 
@@ -65,6 +68,7 @@ def module_class(
     casts: bool,
     output_dtype: str | None = None,
     root: Any = None,
+    decision: Decision = NONE,
 ) -> type:
     """The subclass of `base` for a module under `policy`.
 
@@ -77,12 +81,13 @@ def module_class(
       casts: whether public methods cast their floating arguments to the compute dtype.
       output_dtype: dtype to cast the floating outputs of public methods to; None leaves them.
       root: the frozen policy as a whole, for the module that `wrap` was called on; else None.
+      decision: what programs are to say of the products that its methods trace.
     """
     namespace: dict[str, Any] = {BASE: base, POLICY: policy, ROOT: root}
     namespace |= {name: _Lent(name, value) for name, value in lent}
     for name in _public_methods(base):
         method = dict(lent).get(name, getattr(base, name))
-        namespace[name] = _entering(method, policy, casts, output_dtype)
+        namespace[name] = _entering(method, policy, casts, output_dtype, decision)
     kinds = (nnx.Param, nnx.Cache) if issubclass(base, nnx.MultiHeadAttention) else (nnx.Param,)
     namespace["__getattribute__"] = reading(base, policy.compute_dtype, kinds, keeps)
     if root is not None and not hasattr(base, "policy"):
@@ -117,7 +122,11 @@ def _public_methods(base: type) -> list[str]:
 
 
 def _entering(
-    method: Callable[..., Any], policy: DTypePolicy, casts: bool, output_dtype: str | None
+    method: Callable[..., Any],
+    policy: DTypePolicy,
+    casts: bool,
+    output_dtype: str | None,
+    decision: Decision,
 ) -> Callable[..., Any]:
     frame = Frame(policy)
 
@@ -126,14 +135,29 @@ def _entering(
         refuse_if_suspended(method)
         if casts:
             args, kwargs = cast_floating((args, kwargs), policy.compute_dtype, is_leaf=_is_nnx)
-        if active.value is None:
-            with active(frame):
+        with contextlib.nullcontext() if active.value is not None else active(frame):
+            with named(self), decision.scope():
                 output = method(self, *args, **kwargs)
-        else:
-            output = method(self, *args, **kwargs)
         return output if output_dtype is None else cast_floating(output, output_dtype)
 
     return entering
+
+
+@functools.cache
+def marked_class(base: Any, decision: Decision) -> type:
+    """The subclass of `base` for a layer that no policy touches, and whose programs say so."""
+
+    def marking(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def entering(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with named(self), decision.scope():
+                return method(self, *args, **kwargs)
+
+        return entering
+
+    namespace: dict[str, Any] = {BASE: base}
+    namespace |= {name: marking(getattr(base, name)) for name in _public_methods(base)}
+    return _subclass(base, namespace, pytree=base._pytree__is_pytree)
 
 
 def _is_nnx(x: Any) -> bool:

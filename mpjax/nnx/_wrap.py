@@ -7,12 +7,20 @@ from typing import Any
 from flax import nnx
 
 from .._adapters import POLICY, ROOT, floating_name, no_effect_message, output_dtype_at
+from .._decisions import NONE, Decision, at_path, of_attention, of_author
 from .._paths import check_keys, join
 from .._policy import DTypePolicy
 from .._policy_map import resolve
 from .._prescaled import is_stored
 from .._recipes import recipe_of
-from ._classes import base_class, container_class, lent_to, module_class, set_class
+from ._classes import (
+    base_class,
+    container_class,
+    lent_to,
+    marked_class,
+    module_class,
+    set_class,
+)
 from ._graph import own_containers, own_variables
 from ._rules import rule_of
 from ._states import attach, detach, prefixes_of
@@ -34,9 +42,14 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
         for each, _ in before:
             set_class(each, base_class(each))
         for path, each in modules.items():
-            root = policy if each is module else None
-            if root is not None or author_dtype(each) is None:
-                _adopt(each, resolved[path], output_dtype_at(policy, join(path)), root)
+            root, own = policy if each is module else None, author_dtype(each)
+            if root is not None or own is None:
+                decision = _decision(policy, join(path), each)
+                output_dtype = output_dtype_at(policy, join(path))
+                _adopt(each, resolved[path], output_dtype, root, decision)
+            else:
+                decision = of_author(policy, join(path), own)
+                set_class(each, marked_class(base_class(each), decision))
     except BaseException:  # a user's rule may raise anything: the module is as it was
         for each, cls in before:
             set_class(each, cls)
@@ -143,7 +156,16 @@ def _position(node: Any, path: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(position)
 
 
-def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any) -> None:
+def _decision(policy: Any, path: str, module: nnx.Module) -> Decision:
+    """What the policy decided about the products of a layer; nothing about those of others."""
+    if isinstance(module, nnx.MultiHeadAttention):
+        return of_attention(policy, path)
+    return at_path(policy, path) if is_layer(module) else NONE
+
+
+def _adopt(
+    module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any, decision: Decision
+) -> None:
     base, rule, own = base_class(module), rule_of(base_class(module)), author_dtype(module)
     lent = rule.attributes(module, policy) if rule is not None and own is None else {}
     policy = policy if own is None else DTypePolicy(own)
@@ -155,6 +177,7 @@ def _adopt(module: Any, policy: DTypePolicy, output_dtype: str | None, root: Any
         casts=root is not None or rule is not None or _is_leaf_layer(module),
         output_dtype=output_dtype,
         root=root,
+        decision=decision,
     )
     set_class(module, cls)
     for container in own_containers(module):

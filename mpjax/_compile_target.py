@@ -1,0 +1,184 @@
+"""Compiles a function for hardware that need not be there, and returns what the compiler made.
+
+TPUs by libtpu, which compiles without a TPU; NVIDIA GPUs by CUDA's plugin for JAX, which compiles
+without a GPU or CUDA; the device at hand, and the CPU, as ever.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from ._compile_gpu import GPUS
+from ._target import Target, resolve_target
+
+_TPUS = {
+    "v4": "v4:1x1x1",
+    "v5e": "v5e:1x1",
+    "v5p": "v5p:1x1x1",
+    "v6e": "v6e:1x1",
+    "tpu7x": "tpu7x:1x1x1",
+}
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+      target: the hardware that it is for.
+      devices: how many devices JAX shows for one chip of it; the program is for one of them.
+      text: the optimized program.
+      estimated_seconds: by the compiler's own model, the body of a loop counted once; None where
+        its compiler gives none.
+      memory: arguments, results and temporary memory, in bytes.
+    """
+
+    target: Target
+    devices: int
+    text: str
+    estimated_seconds: float | None
+    memory: Mapping[str, int]
+
+
+def compile_for(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    target: str | Target | None,
+) -> Compiled:
+    """Compiles `fn(*args, **kwargs)` for one device of the target; nothing is run.
+
+    Args:
+      fn: a function, jitted or not. In one that is not, arguments without arrays are static.
+      args: arrays or `jax.ShapeDtypeStruct`s in any pytrees; only shapes and dtypes are read.
+      kwargs: the same by name.
+      target: a name of `mp.targets()`, a `Target`, or None for the device at hand.
+
+    Raises:
+      ImportError: the target's compiler is not installed.
+      NotImplementedError: there is none for this target.
+    """
+    wanted = resolve_target(target)
+    device, devices, options = _device(wanted, at_hand=target is None)
+    sharding = SingleDeviceSharding(device)
+    with _own_cache_entries():
+        lowered = _lower(fn, args, kwargs, sharding)
+        compiled = lowered.compile(compiler_options=options)
+    text = compiled.as_text()
+    if text is None:
+        raise NotImplementedError(f"the compiler of {wanted.name!r} does not print its programs")
+    cost = compiled.cost_analysis() or {}
+    seconds = cost.get("optimal_seconds")
+    is_estimate = wanted.platform == "tpu" and seconds is not None and seconds > 0
+    return Compiled(wanted, devices, text, seconds if is_estimate else None, _memory(compiled))
+
+
+def _lower(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sharding: SingleDeviceSharding,
+) -> Any:
+    """Traces and lowers the function for the device of a sharding."""
+
+    def abstract(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if _is_array(x) else x
+
+    if not hasattr(fn, "lower"):
+        fn = jax.jit(
+            fn,
+            static_argnums=tuple(i for i, x in enumerate(args) if _is_static(x)),
+            static_argnames=tuple(name for name, x in kwargs.items() if _is_static(x)),
+            out_shardings=sharding,
+        )
+    args, kwargs = jax.tree.map(abstract, (args, dict(kwargs)))
+    return fn.lower(*args, **kwargs)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_static(x: Any) -> bool:
+    leaves = jax.tree.leaves(x)
+    return bool(leaves) and not any(map(_is_array, leaves))
+
+
+@contextlib.contextmanager
+def _own_cache_entries() -> Iterator[None]:
+    """What JAX' cache on disk must be told.
+
+    It takes programs for the same that differ in the names that we read; and it can write a program
+    for hardware that is not there, but not read it: it warns, and compiles.
+    """
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _device(target: Target, *, at_hand: bool) -> tuple[Any, int, dict[str, Any]]:
+    """A device to compile for, how many a chip shows, and the compiler's options."""
+    here = jax.devices()[0]
+    if at_hand:
+        return here, target.devices, {}
+    if target.name in _TPUS:
+        devices = _tpu_topology(target.name).devices
+        return devices[0], len(devices), {}
+    if target.name in GPUS:
+        return _gpu_topology(target.name).devices[0], 1, {"xla_gpu_autotune_level": 0}
+    if target.platform == "cpu":
+        return jax.devices("cpu")[0], 1, {}
+    if here.platform != "cpu" and here.platform in ("gpu", target.platform):
+        return here, target.devices, {}
+    raise NotImplementedError(
+        f"there is no compiler here for target {target.name!r} ({target.platform}): without the "
+        f"hardware programs are compiled for {', '.join((*_TPUS, *GPUS))} and 'cpu'; run it on a "
+        "machine that has one, with target=None"
+    )
+
+
+def _tpu_topology(name: str) -> Any:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            f"to compile for target {name!r} the TPU compiler is needed, which needs no TPU: "
+            "pip install 'mpjax[tpu]'"
+        )
+    if jax.default_backend() != "tpu":
+        # libtpu would ask a TPU host's metadata server, and let one process in only. It compiles
+        # here and opens no TPU.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    bounds = {"chips_per_host_bounds": (1, 1, 1)}  # where libtpu would assume 2 x 2 chips
+    return topologies.get_topology_desc(_TPUS[name], "tpu", **bounds)
+
+
+def _gpu_topology(name: str) -> Any:
+    if not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
+        raise ImportError(
+            f"to compile for target {name!r} NVIDIA's compiler is needed, which needs no GPU: "
+            "pip install 'mpjax[cuda-compile]'"
+        )
+    config = GPUS[name].proto()
+    return topologies.get_topology_desc("1x1x1", "cuda", topology="1x1x1", target_config=config)
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """By XLA's own account; nothing where its compiler gives none."""
+    stats = compiled.memory_analysis()
+    parts = ("argument", "output", "alias", "temp", "generated_code")
+    return {} if stats is None else {p: getattr(stats, f"{p}_size_in_bytes") for p in parts}

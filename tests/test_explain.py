@@ -1,0 +1,241 @@
+"""`mp.explain` on the CPU at hand: rows, reasons, totals, and what it says when it cannot."""
+
+import importlib.util
+import io
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import mpjax as mp
+from tests.explain_helpers import missed, program, read_both_ways, reported
+from tests.explain_models import EXPERTS, MODELS
+
+INT8 = "int8_from_mixed_bfloat16"
+ROWS, INPUTS, OUTPUTS = 32, 64, 128
+X = jax.ShapeDtypeStruct((ROWS, INPUTS), jnp.float32)
+FLOPS = 2 * ROWS * INPUTS * OUTPUTS
+
+
+class Small(nn.Module):
+    """One layer, then the user's own product with the layer's output."""
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = True):
+        y = nn.Dense(OUTPUTS, name="up")(x)
+        return y if train else jnp.sum(y)
+
+
+def small(policy=INT8, *, stored=False):
+    """A wrapped model and its abstract variables."""
+    model = mp.wrap(Small(), policy)
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    if stored:
+        variables = jax.eval_shape(lambda v: mp.quantize(model, v, X), variables)
+    return model, variables
+
+
+def rows(fn, *args, **kwargs):
+    """What identifies each row but its unit, which differs between CPUs."""
+    found = mp.explain(fn, *args, **kwargs)
+    return sorted((r.path, r.direction, r.lhs, r.rhs, r.reason) for r in found.products)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_it_was_not_written_against_agree_with_their_program_and_with_a_count_by_hand(name):
+    case = MODELS[name](INT8)
+    found, directly = read_both_ways(case, None)
+    assert sorted((row.lhs, row.rhs) for row in found.products) == directly
+    # XLA:CPU multiplies all rows by every expert.
+    others = case.others * (EXPERTS if name == "experts" else 1)
+    assert found.flops == case.quantized + others
+    assert found.share_in_8_bits == case.quantized / found.flops
+
+
+def test_all_planted_misses_are_named_and_on_the_clean_model_none():
+    planted = mp.explain(*program(INT8, "int4/128_from_mixed_bfloat16", planted=True))
+    assert reported(planted) == missed() and len(planted.misses) == 5
+    assert mp.explain(*program(INT8, INT8, planted=False)).misses == ()
+
+
+def test_int8_training_leaves_the_backward_products_by_policy():
+    model, variables = small()
+
+    def loss(variables, x):
+        return jnp.sum(model.apply(variables, x) ** 2)
+
+    found = rows(jax.grad(loss), variables, X)
+    backward = [row for row in found if row[1] == "backward"]
+    assert ("up", "forward", "int8", "int8", "") in found
+    assert [row[-1] for row in backward] == ["policy"]  # the input needs no gradient
+
+
+def test_a_recomputed_forward_pass_says_so():
+    model, variables = small()
+
+    def loss(variables, x):
+        y = jax.checkpoint(lambda v: model.apply(v, x))(variables)
+        return jnp.sum(jnp.sin(y) ** 2)
+
+    directions = {row[1] for row in rows(jax.grad(loss), variables, X)}
+    assert directions <= {"forward", "backward", "recomputed"} and "backward" in directions
+
+
+def test_weights_of_4_bits_lie_in_memory_as_floats_on_a_cpu():
+    model, stored = small("int4/64_from_mixed_bfloat16", stored=True)
+    (row,) = mp.explain(model.apply, stored, X).products
+    # XLA:CPU multiplies them by many rows in bfloat16, which it makes of all of them first.
+    assert (row.lhs, row.rhs, row.reason) == ("bfloat16", "bfloat16", "dequantized")
+    assert row.dequantized_bytes == 2 * INPUTS * OUTPUTS
+
+
+def test_floats_under_a_policy_that_stores_weights_only_are_a_miss():
+    model, floats = small("int4/64_from_mixed_bfloat16")
+    assert {row[-1] for row in rows(model.apply, floats, X)} == {"unquantized"}
+
+
+@pytest.mark.parametrize("dtype, reason", [(jnp.float32, "island"), (jnp.bfloat16, "author")])
+def test_a_dtype_of_the_author_is_named_in_linen_and_nnx(dtype, reason):
+    linen = mp.wrap(nn.Sequential([nn.Dense(OUTPUTS, dtype=dtype), nn.Dense(INPUTS)]), INT8)
+    variables = jax.eval_shape(linen.init, jax.random.key(0), X)
+    by_path = {row[0]: row[-1] for row in rows(linen.apply, variables, X)}
+    assert by_path == {"layers_0": reason, "layers_1": ""}
+
+    class Pair(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(INPUTS, OUTPUTS, dtype=dtype, rngs=rngs)
+            self.blocks = nnx.List([nnx.Linear(OUTPUTS, INPUTS, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.blocks[0](self.first(x))
+
+        def again(self, x):
+            return self(x)
+
+    model = nnx.eval_shape(lambda: mp.wrap(Pair(nnx.Rngs(0)), INT8))
+    by_path = {row[0]: row[-1] for row in rows(model, X)}
+    assert by_path == {"first": reason, "blocks/0": ""}
+    assert rows(model.again, X) == rows(model, X)
+
+
+def test_a_layer_in_a_scan_counts_as_often_as_it_runs():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(INPUTS, name="dense")(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scanned = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True})
+            return scanned.__call__(scanned(name="blocks"), x, jnp.zeros(5))[0]
+
+    model = mp.wrap(Stack(), INT8)
+    x = jax.ShapeDtypeStruct((ROWS, INPUTS), jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    stored = jax.eval_shape(lambda v: mp.quantize(model, v, x), variables)
+    (row,) = mp.explain(model.apply, stored, x).products
+    assert (row.path, row.times, row.reason) == ("blocks/dense", 5, "")
+    assert row.flops == 5 * 2 * ROWS * INPUTS**2
+    assert row.weight_bytes == 5 * INPUTS**2
+
+
+def test_it_takes_a_jitted_function_and_flags_and_makes_nothing():
+    model, variables = small(stored=True)
+    jitted = jax.jit(lambda v, x, train: model.apply(v, x, train=train), static_argnums=2)
+    expected = [("up", "forward", "int8", "int8", "")]
+    assert rows(jitted, variables, X, False) == expected
+    assert rows(model.apply, variables, X, train=False) == expected
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables))
+
+
+def test_a_product_outside_of_all_modules_has_its_line():
+    def product(x, y):
+        return x @ y
+
+    (row,) = mp.explain(product, X, jax.ShapeDtypeStruct((INPUTS, OUTPUTS), jnp.float32)).products
+    assert row.reason == "outside" and row.path == "" and row.flops == FLOPS
+    line = product.__code__.co_firstlineno + 1
+    assert row.line == row.where == f"{__file__}:{line}"
+
+
+CONVOLUTIONS = [
+    {},
+    {"padding": "VALID"},
+    {"window_strides": (2, 3)},
+    {"lhs_dilation": (2, 1), "padding": ((1, 2), (0, 1))},
+    {"rhs_dilation": (1, 2), "window_strides": (2, 1)},
+    {"feature_group_count": 2},
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_operations_of_a_convolution_are_those_that_meet_the_image(options):
+    image, window = (1, 9, 8, 4), (3, 2)
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    inputs = 4 // options.get("feature_group_count", 1)
+    convolve = jax.jit(
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+        )
+    )
+    x, w = jnp.ones(image), jnp.ones((*window, inputs, 6))
+    # Of ones, the sum of the results is the number of multiplications that meet the image.
+    expected = 2 * int(convolve(x, w).sum())
+    assert mp.explain(convolve, x, w).flops == expected
+
+
+def test_the_report_prints_and_serializes():
+    model, variables = small(stored=True)
+    found = mp.explain(model.apply, variables, X)
+    text = str(found)
+    assert text.splitlines()[0].split()[:3] == ["where", "pass", "operands"]
+    assert "up" in text and "100.0% of" in text and "GFLOP in 8 bits; 0 missed" in text
+    loaded = json.loads(found.to_json(indent=1))
+    assert loaded["products"][0]["path"] == "up" and loaded["share_in_8_bits"] == 1.0
+    assert loaded["flops"] == FLOPS
+    rich = pytest.importorskip("rich.console")
+    with io.StringIO() as screen:
+        rich.Console(width=200, file=screen).print(found)
+        assert "int8 x int8" in screen.getvalue()
+
+
+def test_assert_quantized_shows_what_is_not():
+    model, variables = small(stored=True)
+    mp.assert_quantized(model.apply, variables, X)
+    floats, variables = small("mixed_bfloat16")
+    with pytest.raises(AssertionError, match=r"0\.0% of the operations are in 8 bits on .*\n") as e:
+        mp.assert_quantized(floats.apply, variables, X, min_flops=0.5)
+    assert "up" in str(e.value) and "policy" in str(e.value)
+    mp.assert_quantized(floats.apply, variables, X, min_flops=0.0)
+    with pytest.raises(ValueError, match="`min_flops` = 95 must be from 0 to 1"):
+        mp.assert_quantized(floats.apply, variables, X, min_flops=95)
+
+
+@pytest.mark.parametrize("target, extra", [("v6e", "tpu"), ("h200", "cuda-compile")])
+def test_a_compiler_that_is_not_installed_is_named_with_its_extra(monkeypatch, target, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"pip install 'mpjax\[{extra}\]'"):
+        mp.explain(jnp.dot, X, X, target=target)
+
+
+def test_a_target_without_a_compiler_and_an_unknown_one():
+    with pytest.raises(NotImplementedError, match="no compiler here for target 'mi300'"):
+        mp.explain(jnp.dot, X, X, target="mi300")
+    with pytest.raises(ValueError, match="`target` is 'v99'"):
+        mp.explain(jnp.dot, X, X, target="v99")
+
+
+def test_what_is_no_function():
+    model, _ = small()
+    with pytest.raises(TypeError, match=r"call mp.explain\(model.apply, variables, x\)"):
+        mp.explain(model, X)
+    with pytest.raises(TypeError, match="`fn` must be a function, but got 3 of type int"):
+        mp.explain(3, X)
+
+
+def test_every_reason_is_explained():
+    assert all(mp.REASONS[reason] for reason in ("", "policy", "unmatched", "island", "author"))

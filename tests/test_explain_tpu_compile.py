@@ -1,0 +1,81 @@
+"""`mp.explain` for TPUs, by the real TPU compiler."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import mpjax as mp
+from tests.explain_helpers import (
+    IN_MEMORY,
+    dequantized,
+    in_memory,
+    missed,
+    program,
+    read_both_ways,
+    reported,
+)
+from tests.explain_models import MODELS, WIDTH
+
+pytestmark = pytest.mark.tpu_compile
+
+INT8, FLOAT8 = "int8_from_mixed_bfloat16", "float8_current_from_mixed_bfloat16"
+NATIVE = [
+    ("v6e", INT8, "int4/128_from_mixed_bfloat16"),
+    ("tpu7x", FLOAT8, "float8/128x128_from_mixed_bfloat16"),
+]
+
+
+@pytest.mark.parametrize("target, policy, grouped", NATIVE)
+def test_all_planted_misses_are_named_and_on_the_clean_model_none(target, policy, grouped):
+    planted = mp.explain(*program(policy, grouped, planted=True), target=target)
+    assert reported(planted) == missed() and len(planted.misses) == 5
+    clean = mp.explain(*program(policy, grouped, planted=False), target=target)
+    assert clean.misses == ()
+    assert {row.reason for row in clean.products} <= {"", "policy", "weights"}
+    assert {row.unit for row in clean.products} == {"MXU"}
+
+
+@pytest.mark.parametrize("target, format", [("v6e", "int8"), ("tpu7x", "float8_e4m3fn")])
+def test_a_weight_that_is_dequantized_in_main_memory_has_its_bytes(target, format):
+    (row,) = mp.explain(in_memory, *dequantized(format), target=target).products
+    assert row.reason == "dequantized"
+    assert row.dequantized_bytes == 2 * IN_MEMORY**2 and row.weight_bytes >= IN_MEMORY**2
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("target, policy", [("v6e", INT8), ("tpu7x", FLOAT8)])
+def test_models_it_was_not_written_against_agree_with_their_program(target, policy, name):
+    case = MODELS[name](policy)
+    found, directly = read_both_ways(case, target)
+    assert sorted((row.lhs, row.rhs) for row in found.products) == directly
+    others = case.others
+    if (target, name) == ("tpu7x", "minilm"):
+        others += others // 2  # its scores are computed twice, for the maximum and for the sum
+    assert found.flops == case.quantized + others
+    assert found.share_in_8_bits == case.quantized / found.flops
+
+
+def test_int8_on_tpu7x_and_float8_on_v6e_are_emulated():
+    for target, policy in (("tpu7x", INT8), ("v6e", FLOAT8)):
+        model = mp.wrap(nnx.eval_shape(lambda: nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))), policy)
+        x = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)
+        (row,) = mp.explain(model, x, target=target).products
+        assert row.reason == "emulated" and row.is_miss
+        with pytest.raises(AssertionError, match=f"are in 8 bits on {target}"):
+            mp.assert_quantized(model, x, target=target)
+
+
+def test_a_vector_times_a_matrix_is_found_on_the_vector_unit_in_every_turn_of_a_loop():
+    def scanned(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    weights = jax.ShapeDtypeStruct((3, 1024, 1024), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, 1024), jnp.bfloat16)
+    found = mp.explain(scanned, weights, x, target="v6e")
+    (row,) = found.products
+    assert (row.unit, row.times, row.lhs, row.rhs) == ("vector", 3, "bfloat16", "bfloat16")
+    assert row.flops == 3 * 2 * 1024**2 and row.weight_bytes == 3 * 2 * 1024**2
+    # Everything is read once, and nothing but the vectors beside it.
+    assert row.weight_bytes <= found.bytes_read <= 1.01 * row.weight_bytes
+    assert found.estimated_seconds is None and found.estimated_cycles is not None
