@@ -200,22 +200,23 @@ def _seconds(products: Iterable[HloProduct], target: Target) -> float:
 def _as_function(fn: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function of arrays and what comes before the user's arguments: an NNX model's weights."""
     nnx = sys.modules.get("flax.nnx")  # an instance exists only once it is imported
-    owner = getattr(fn, "__self__", None)
-    if nnx is not None and isinstance(fn, nnx.Module):
-        owner, name = fn, "__call__"
-    elif nnx is not None and isinstance(owner, nnx.Module):
-        name = fn.__name__
-    else:
-        linen = sys.modules.get("flax.linen")
-        if linen is not None and isinstance(fn, linen.Module):
-            raise TypeError(
-                f"`fn` is {type(fn).__name__}, a Linen module, which does not hold its weights: "
-                "call mp.explain(model.apply, variables, x)"
-            )
-        if not callable(fn):
-            raise TypeError(f"`fn` must be a function, but got {fn!r} of type {type(fn).__name__}")
+    linen = sys.modules.get("flax.linen")
+    if linen is not None and isinstance(fn, linen.Module):
+        raise TypeError(
+            f"`fn` is {type(fn).__name__}, a Linen module, which does not hold its weights: call "
+            "mp.explain(model.apply, variables, x)"
+        )
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function, but got {fn!r} of type {type(fn).__name__}")
+    model: Any = fn if nnx is not None and isinstance(fn, nnx.Module) else _owner(fn)
+    if nnx is None or not isinstance(model, nnx.Module):
         return fn, ()
     from .nnx._function import method_as_function
 
-    function, state = method_as_function(owner, name)
+    function, state = method_as_function(model, "__call__" if model is fn else fn.__name__)
     return function, (state,)
+
+
+def _owner(method: Any) -> Any:
+    """What a bound method is bound to; None for another function."""
+    return getattr(method, "__self__", None)

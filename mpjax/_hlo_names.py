@@ -20,7 +20,13 @@ _WRAPPERS = re.compile(r"(transpose|jvp|vmap|vjp|linearize)\((.*)\)$")
 _FUNCTION = re.compile(r"(p?jit|xmap|shard_map|custom_\w+|checkpoint|remat|named)\(.*\)$")
 _RECOMPUTED = {"rematted_computation", "remat"}
 _CONTROL = {"closed_call", "checkpoint", "core_call", "pallas_call", "shard_map", "custom_vjp_call"}
-_CONTROL |= {"custom_jvp_call", "custom_vjp_call_jaxpr", "custom_lin", "run_state"} | _RECOMPUTED
+_CONTROL |= {
+    "custom_jvp_call",
+    "eval_jaxpr",
+    "custom_vjp_call_jaxpr",
+    "custom_lin",
+    "run_state",
+} | _RECOMPUTED
 _OPERATIONS = {"ragged_dot_general"}  # of JAX, when XLA adds a name of its own
 _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 
