@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from _table import console
+from _table import console, contenders_table
 
 # Our throughput over these peers' stands in the table, over everyone's in the row.
 RATIOS = {
@@ -16,17 +16,10 @@ RATIOS = {
 
 def print_row(row: dict[str, Any]) -> None:
     """Prints everyone's figures, our throughput over that of three peers, and the targets."""
-    table = Table(title=row["case"], title_justify="left", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
     headings = ("ms", "quartiles", f"{row['unit']}/s", *RATIOS.values(), "MB", "error", "compile s")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    errors = []
-    for name, entry in row["contenders"].items():
-        if "error" in entry:
-            errors.append(f"{name} cannot run: {entry['error'].strip().splitlines()[0]}")
-        else:
-            table.add_row(name, *_figures(entry, row["ratios"].get(name, {})))
+    table, errors = contenders_table(
+        row, headings, lambda name, entry: _figures(entry, row["ratios"].get(name, {}))
+    )
     screen = console()
     screen.print(table)
     for line in errors + list(map(verdict, row["targets"])):

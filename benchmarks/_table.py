@@ -1,5 +1,6 @@
 """The rows of a benchmark as a table for people; the JSON rows hold more."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,25 @@ def console() -> Console:
     """Standard output, wide enough for the table where the terminal does not say how wide it is."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=WIDTH)
+
+
+def contenders_table(
+    row: dict[str, Any],
+    headings: Sequence[str],
+    figures: Callable[[str, dict[str, Any]], list[str]],
+) -> tuple[Table, list[str]]:
+    """A line per contender, and those that cannot run. `figures` is of a name and its entry."""
+    table = Table(title=row["case"], title_justify="left", box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    errors = []
+    for name, entry in row["contenders"].items():
+        if "error" in entry:
+            errors.append(f"{name} cannot run: {_first_line(entry['error'])}")
+        else:
+            table.add_row(name, *figures(name, entry))
+    return table, errors
 
 
 def machine_line(environment: dict[str, Any], limits: dict[str, float]) -> str:
@@ -51,7 +71,7 @@ def case_table(row: dict[str, Any]) -> Table:
     errors = []
     for name, entry in row["peers"].items():
         if "error" in entry:
-            errors.append(f"{name} cannot run: {_first_line(entry['error'])}")
+            errors.append(f"{name} cannot run: {_first_line(entry['error'])}".replace("[", r"\["))
         else:
             table.add_row(name, *_figures(entry, verdicts.get(name)))
     table.caption = "\n".join(errors) or None
@@ -106,5 +126,5 @@ def _number(ratio: float | None) -> str:
 
 
 def _first_line(error: str) -> str:
-    line = error.strip().splitlines()[0].replace("[", r"\[")
+    line = error.strip().splitlines()[0]
     return line if len(line) <= 160 else line[:157] + "..."

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from rich.table import Table
-
-from _table import console
+from _table import console, contenders_table
 
 HEADINGS = ("ms", "quartiles", "compile s", "of it traced", "temporary MiB", "gradient", "loss")
 
@@ -17,16 +15,7 @@ def print_row(row: dict[str, Any]) -> None:
         f"{machine['device']}, {machine['cores']} cores, load {machine['load']} before, Python "
         f"{machine['python']}, JAX {machine['jax']}."
     )
-    table = Table(title=row["case"], title_justify="left", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
-    errors = []
-    for name, entry in row["contenders"].items():
-        if "error" in entry:
-            errors.append(f"{name} cannot run: {entry['error'].strip().splitlines()[0]}")
-        else:
-            table.add_row(name, *_figures(entry))
+    table, errors = contenders_table(row, HEADINGS, lambda _, entry: _figures(entry))
     screen.print(table)
     for line in errors + verdicts(row):
         screen.print(line, markup=False)

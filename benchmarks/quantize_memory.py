@@ -9,8 +9,7 @@ bytes of the float weights. The quantized result is in the peak.
 
 One JSON row per measurement, in MB of 10^6 bytes: `before_mb`, `above_mb` (the peak less that),
 `float_mb` and `quantized_mb` (the bytes of the trees), their ratio `of_float32`, `seconds` of the
-call; in `targets` which of these we want. Nobody else is measured. What Orbax' threads free, glibc
-keeps for each of them: in one arena (MALLOC_ARENA_MAX=1) that case takes about 400 MB.
+call; in `targets` which of these we want. Nobody else is measured.
 
     python benchmarks/quantize_memory.py [--cases linen ...] [--quick]
 """

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _orbax
+from . import _freed_memory, _orbax
 from ._checkpoint_index import Index
 from ._checkpoint_leaves import checksum
 from ._lazy_array import LazyArray, nested
@@ -109,6 +109,7 @@ class _Read:
         args = ocp.args.PyTreeRestore(
             item=self.treedef.unflatten(item), restore_args=self.treedef.unflatten(how)
         )
+        _freed_memory.give_back()  # by the array before this one
         try:
             with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
                 tree = handler.restore(self.folder, args=args)

@@ -59,7 +59,7 @@ def run(*arguments, script="matmul.py"):
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

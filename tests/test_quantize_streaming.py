@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,9 @@ import pytest
 from flax import nnx
 
 import mpjax as mp
+import mpjax.nnx._quantize
 import mpjax_kernels as mk
+from mpjax import _freed_memory
 from mpjax._safetensors import encode_header
 from tests.helpers import assert_trees_equal
 
@@ -361,3 +364,47 @@ def test_shapes_of_a_quantized_nnx_model_without_an_array(tmp_path):
     assert_trees_equal(nnx.as_pure(nnx.state(loaded)), nnx.as_pure(nnx.state(model)))
     with pytest.raises(ValueError, match="'blocks/0/kernel' has no values"):
         mp.quantize(abstract_model())
+
+
+@pytest.mark.parametrize("missing", [OSError("no library"), TypeError("no name")])
+def test_freed_memory_is_kept_where_the_c_library_cannot_be_asked(monkeypatch, missing):
+    def refuse(name):
+        raise missing
+
+    monkeypatch.setattr(_freed_memory.ctypes, "CDLL", refuse)
+    _freed_memory._trim.cache_clear()
+    try:
+        _freed_memory.give_back()
+        assert _freed_memory._trim() is None
+    finally:
+        _freed_memory._trim.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read there")
+def test_freed_memory_goes_back_to_the_system():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    blocks = [bytearray(2000) for _ in range(50_000)]  # 100 MB
+    kept, blocks = blocks[-1:], None  # the last one keeps the heap from shrinking by itself
+    before = resident()
+    _freed_memory.give_back()
+    assert before - resident() > 50_000_000 and len(kept) == 1
+
+
+def test_an_nnx_model_whose_quantization_is_stopped_half_way_says_so(monkeypatch):
+    model = mp.wrap(NetNNX(nnx.Rngs(0)), INT8)
+    quantize_weight, seen = mpjax.nnx._quantize.quantize_weight, []
+
+    def stopped(value, stored, product, path):
+        seen.append(path)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return quantize_weight(value, stored, product, path)
+
+    monkeypatch.setattr(mpjax.nnx._quantize, "quantize_weight", stopped)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        mp.quantize(model)
+    (note,) = caught.value.__notes__
+    assert "after 1 of 2 weights" in note and repr(seen[0]) in note and "make the model" in note
+    assert isinstance(model.blocks[0].kernel.get_raw_value(), mk.QTensor)

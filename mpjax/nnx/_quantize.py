@@ -1,5 +1,6 @@
 """`quantize` for NNX: a layer knows its own axes, so nothing is traced."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .._conv_transpose import QuantizedConvTranspose
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
+from .._prescaled import is_stored
 from .._products import QuantizedConv, QuantizedDotGeneral, QuantizedEinsum
 from .._quantization_report import (
     QuantizationReport,
@@ -71,16 +73,17 @@ def quantize(
     _check_before_work(plans, given, nnx.as_pure(nnx.state(model)) if donate else None)
     calibrated = None if calibration is None else _calibrated(calibration, model, plans, kwargs)
     made: dict[str, Any] = {}
-    for plan in plans:
-        value = given.pop(plan.path, plan.weight.get_raw_value())
-        quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
-        rows[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
-        if donate:
-            release(value)
-        if weights is None:
-            plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
-        else:
-            made[plan.path] = quantized  # a file that turns out damaged leaves it too
+    with _half_done(model, plans):
+        for plan in plans:
+            value = given.pop(plan.path, plan.weight.get_raw_value())
+            quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
+            rows[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
+            if donate:
+                release(value)
+            if weights is None:
+                plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
+            else:
+                made[plan.path] = quantized  # a file that turns out damaged leaves it too
     if calibrated is not None:
         stored_as = {plan.path: plan.weight.get_raw_value() for plan in plans}
         scales = scales_of(calibrated, stored_as)
@@ -118,6 +121,22 @@ def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donat
         check_donated(weights, (donated, given))
     for path, weight in weights.items():
         check_finite(weight, path)
+
+
+@contextlib.contextmanager
+def _half_done(model: nnx.Module, plans: Sequence["_Plan"]) -> Iterator[None]:
+    """Whatever stops the work says which weights have changed, whose floats may be gone."""
+    try:
+        yield
+    except BaseException as error:
+        done = [p.path for p in plans if is_stored(p.weight.get_raw_value())]
+        if done:
+            error.add_note(
+                f"mp.quantize stopped after {len(done)} of {len(plans)} weights of this "
+                f"{type(model).__name__}, the last of them {done[-1]!r}, which stay quantized: "
+                "make the model anew from its float weights"
+            )
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
