@@ -22,6 +22,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = Path("kernels", "mpjax_kernels")
 LIBRARY = "libmpjax_native.so"
+NOTE = "native_build.txt"  # why there is no library, for `mpjax doctor`
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 # Float arithmetic as it is written, so that every machine and every loop rounds alike.
 FLAGS += ("-ffp-contract=off", "-fno-math-errno")
@@ -44,8 +45,10 @@ class NativeKernels(BuildHookInterface):
         beside = root / PACKAGE / LIBRARY
         if version == "editable":
             beside.unlink(missing_ok=True)
+            beside.with_name(NOTE).unlink(missing_ok=True)
         compiler = _compiler()
         if compiler is None:
+            self._note(_why_no_compiler(), version, build_data)
             return
         folder = Path(tempfile.mkdtemp(prefix="mpjax-native-"))
         try:
@@ -56,6 +59,8 @@ class NativeKernels(BuildHookInterface):
             output = getattr(error, "stderr", None) or ""
             self.app.display_warning(f"no native kernels, the package works without: {error}")
             self.app.display_warning(output[-2000:])
+            last = (output.strip().splitlines() or [str(error)])[-1]
+            self._note(f"{compiler} failed: {last}", version, build_data)
             return
         if version == "editable":
             shutil.move(folder / LIBRARY, beside)
@@ -65,6 +70,15 @@ class NativeKernels(BuildHookInterface):
         # Of no version of Python: it is loaded by ctypes.
         where = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{where}"
+
+    def _note(self, why: str, version: str, build_data: dict[str, Any]) -> None:
+        """Leaves word of why there are no native kernels where the library would be."""
+        if version == "editable":
+            Path(self.root, PACKAGE, NOTE).write_text(why + "\n")
+            return
+        note = Path(tempfile.mkdtemp(prefix="mpjax-native-")) / NOTE
+        note.write_text(why + "\n")
+        build_data["force_include"][str(note)] = f"{PACKAGE.name}/{NOTE}"
 
 
 def build(compiler: str, sources: Path, folder: Path) -> None:
@@ -99,8 +113,19 @@ def _compiler() -> str | None:
     """The compiler, if native kernels are wanted and there is one."""
     if os.environ.get("MPJAX_NATIVE") == "0" or os.name != "posix":
         return None
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next(filter(None, (shutil.which(name) for name in names if name)), None)
+    return next(filter(None, map(shutil.which, _compilers())), None)
+
+
+def _compilers() -> list[str]:
+    return [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+
+
+def _why_no_compiler() -> str:
+    if os.environ.get("MPJAX_NATIVE") == "0":
+        return "it was installed with MPJAX_NATIVE=0"
+    if os.name != "posix":
+        return f"native kernels are not built on {platform.system()}"
+    return f"none of the C++ compilers {', '.join(_compilers())} was found"
 
 
 def _takes(compiler: str, flags: tuple[str, ...], folder: Path) -> bool:

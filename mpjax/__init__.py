@@ -53,6 +53,11 @@ from ._quantization_report import Rounding as Rounding
 from ._quantize import quantize as quantize
 from ._quantized_policy import QuantizedDTypePolicy as QuantizedDTypePolicy
 from ._quantized_policy import QuantizedFloat8DTypePolicy as QuantizedFloat8DTypePolicy
+from ._requantize import RequantizationReport as RequantizationReport
+from ._requantize import RequantizedWeight as RequantizedWeight
+from ._roofline import ProductSize as ProductSize
+from ._roofline import Roofline as Roofline
+from ._roofline import roofline as roofline
 from ._safetensors import ModelFileError as ModelFileError
 from ._save import save as save
 from ._scaling import CurrentScaling as CurrentScaling
@@ -64,6 +69,9 @@ from ._scaling import update_scaling as update_scaling
 from ._serialize import deserialize as deserialize
 from ._serialize import get_policy as get_policy
 from ._serialize import serialize as serialize
+from ._target import Target as Target
+from ._target import resolve_target as resolve_target
+from ._target import targets as targets
 from ._train_state import TrainState as TrainState
 from ._wrap import unwrap as unwrap
 from ._wrap import wrap as wrap

@@ -25,12 +25,14 @@ class Observation:
       products: absolute layer path -> how the layer's weight entered a quantized product.
       ranks: absolute path of a parameter -> its number of axes as its layer sees it.
       calibrating: whether batches run for calibration: products multiply floats.
+      left: name of a weight -> why its policy leaves it as it is.
       observed: while calibrating, paths of what observed an operand, in order of first call.
     """
 
     policies: dict[str, Any] = dataclasses.field(default_factory=dict)
     products: dict[str, "Product"] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
     calibrating: bool = False
     observed: list[str] = dataclasses.field(default_factory=list)
 
@@ -45,6 +47,7 @@ class Product:
       contracting: the axes that the product sums over.
       is_conv: whether the product is a convolution.
       batch: the axes that it shares with the other operand and keeps.
+      left: why its policy leaves the weight as it is; None if it is to be quantized.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Product:
     contracting: tuple[int, ...]
     is_conv: bool = False
     batch: tuple[int, ...] = ()
+    left: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

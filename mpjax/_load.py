@@ -7,15 +7,25 @@ from ._file_bytes import read_array
 from ._file_header import Header, LeafRecord, nest
 from ._file_leaves import LeafParts, put_together
 from ._lazy_array import to_devices
+from ._modes import AUTO8
 from ._paths import join
 from ._placement import sharding_at, shardings_of_parts
-from ._policy_map import Policy
+from ._policy_map import Policy, freeze
+from ._requantize import Plan, RequantizationReport, is_auto, placed, policy_for, row_of
 from ._safetensors import ModelFileError, SafetensorsFile, damaged, open_safetensors
 from ._save import nnx_adapter
 from ._serialize import deserialize
+from ._target import Target, resolve_target
 
 
-def load(path: str | Path, model: Any = None, *, shardings: Any = None) -> Any:
+def load(
+    path: str | Path,
+    model: Any = None,
+    *,
+    shardings: Any = None,
+    target: str | Target | None = None,
+    return_report: bool = False,
+) -> Any:
     """Loads what `mpjax.save` saved, bit for bit, or raises.
 
         model = mp.wrap(Net(), mp.load_policy("model.safetensors"))     # Linen
@@ -25,6 +35,12 @@ def load(path: str | Path, model: Any = None, *, shardings: Any = None) -> Any:
         y = mp.load("model.safetensors", model)(x)
 
     Each array goes to its devices as it is read, so the host holds one of them at a time.
+
+    A target may multiply other 8 bits than the file stores. Weights are requantized for it then,
+    one by one, for a model that is wrapped with the policy for that target:
+
+        policy = mp.load_policy("model.safetensors", target="tpu7x")    # int8 -> float8/row
+        variables, report = mp.load("model.safetensors", target="tpu7x", return_report=True)
 
     Args:
       path: of the file.
@@ -36,18 +52,22 @@ def load(path: str | Path, model: Any = None, *, shardings: Any = None) -> Any:
         one; or one for all. None: the default device, or where the weights of `model` are bound
         to. The sharding of a weight is given in the order of its axes; a `QTensor`'s values take
         it, and so does its scale, along the axes that it has enough entries of.
+      target: the hardware to load for, see `resolve_target`. None loads what is stored; or, if the
+        file was saved with an `"auto8"` policy, is the device at hand.
+      return_report: whether to return a `RequantizationReport` too: what it cost each weight.
 
     Returns:
       Nested dicts with `jax.Array`s, `QTensor`s and `ScalingState`s as they were saved; an array
       of a dtype that JAX would narrow (float64, without `jax_enable_x64`) is a NumPy array. With
-      `model`, that model.
+      `model`, that model. With `return_report=True`, a pair of that and the report.
 
     Raises:
       FileNotFoundError: there is no such file.
       ModelFileError: it is damaged, of another format, of a newer mpjax, or does not fit `model`,
         which stays as it was.
       TypeError: `model` is not an NNX module, or `shardings` holds something else.
-      ValueError: `model` is not wrapped, or `shardings` lack a path or do not fit an array.
+      ValueError: `model` is not wrapped, the target is unknown, or `shardings` lack a path or do
+        not fit an array.
     """
     nnx = None if model is None else nnx_adapter(model)
     if model is not None and nnx is None:
@@ -57,37 +77,86 @@ def load(path: str | Path, model: Any = None, *, shardings: Any = None) -> Any:
         )
     with open_safetensors(path) as file:
         header = Header.of(file)
+        plan, name = _plan(file.path, header, target, is_linen=nnx is None)
+        kept = [leaf for leaf in header.leaves if plan is None or plan.is_kept(leaf)]
+        leaves = [(leaf, leaf if plan is None else plan.record(leaf)) for leaf in kept]
+        after = [new for _, new in leaves]
         if nnx is not None:
-            _check_fits(file.path, list(nnx.differences(model, header.leaves)))
+            _check_fits(file.path, list(nnx.differences(model, after)))
         if nnx is not None and shardings is None:
-            where = nnx.shardings_of(model, header.leaves)
+            where = nnx.shardings_of(model, after)
         else:
-            where = {leaf.path: sharding_at(shardings, leaf.path) for leaf in header.leaves}
-        parts = {leaf.path: _shardings_of(leaf, where[leaf.path]) for leaf in header.leaves}
-        values = {leaf.path: _read(file, leaf, parts[leaf.path]) for leaf in header.leaves}
-    if nnx is None:
-        return nest(values.items())
-    return nnx.put(model, values)
+            where = {leaf.path: sharding_at(shardings, leaf.path) for leaf in after}
+        parts = {leaf.path: _shardings_of(leaf, where[leaf.path]) for leaf in after}
+        values, rows = {}, []
+        for old, new in leaves:
+            values[new.path], error = _read_as(file, plan, old, new, parts[new.path])
+            rows.append(row_of(old, new, error))
+    loaded = nest(values.items()) if nnx is None else nnx.put(model, values)
+    if not return_report:
+        return loaded
+    return loaded, RequantizationReport(name, tuple(row for row in rows if row is not None))
 
 
-def load_policy(path: str | Path) -> Policy:
+def _plan(
+    path: Path, header: Header, target: Any, *, is_linen: bool
+) -> tuple[Plan | None, str | None]:
+    """What becomes of the leaves, and for which target; None: nothing."""
+    if target is None and AUTO8 not in str(header.policy):
+        return None, None
+    policy = None if header.policy is None else _policy(path, header)
+    if target is None and not is_auto(policy):
+        return None, None
+    chosen = resolve_target(target)
+    if policy is None:
+        raise ModelFileError(
+            f"{path} was saved without a policy, so which of its layers can be requantized for "
+            f"{chosen.name} is not known: load it without target=, and save it with one, "
+            "mp.save(path, variables, policy=model.policy)"
+        )
+    return Plan(freeze(policy_for(policy, chosen)), is_linen), chosen.name
+
+
+def _read_as(
+    file: SafetensorsFile, plan: Plan | None, old: LeafRecord, new: LeafRecord, places: Any
+) -> tuple[Any, float]:
+    """A leaf as it is to be, where it is to be; and the relative error of that."""
+    if plan is None or old is new:
+        return _read(file, old, places), 0.0
+    value, error = plan.convert(old, _read(file, old, dict.fromkeys(old.arrays)))
+    return placed(value, places), error
+
+
+def load_policy(path: str | Path, *, target: str | Target | None = None) -> Policy:
     """The policy of the model that `mpjax.save` saved to a file; reads its header only.
+
+    Args:
+      path: of the file.
+      target: the hardware that `load` is given, for the policy of what it returns then; None: as it
+        was saved.
 
     Raises:
       FileNotFoundError: there is no such file.
       ModelFileError: as of `load`, or the file was saved without a policy.
+      ValueError: the target is unknown.
     """
     with open_safetensors(path) as file:
-        policy = Header.of(file).policy
-        if policy is None:
+        header = Header.of(file)
+        if header.policy is None:
             raise ModelFileError(
                 f"{path} was saved without a policy: wrap the model with the one it had, and next "
                 "time call mp.save(path, variables, policy=model.policy)"
             )
-        try:
-            return deserialize(policy)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise damaged(file.path, f"its policy: {error}") from error
+        policy = _policy(file.path, header)
+    return policy if target is None else policy_for(policy, resolve_target(target))
+
+
+def _policy(path: Path, header: Header) -> Policy:
+    assert header.policy is not None
+    try:
+        return deserialize(header.policy)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, f"its policy: {error}") from error
 
 
 def _shardings_of(leaf: LeafRecord, sharding: Any) -> dict[str, Any]:

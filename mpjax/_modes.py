@@ -23,7 +23,8 @@ class Mode:
 
     Attributes:
         name: The canonical mode string, such as `"int8_static"` or `"int4/128"`.
-        weights: The storage format of the weights: `"int8"`, `"int4"` or `"float8_e4m3fn"`.
+        weights: The storage format of the weights: `"int8"`, `"int4"`, `"float8_e4m3fn"`, or
+            `"auto8"`, which `DTypePolicy.resolve` makes one of int8 and float8.
         activations: When the scale of an activation is found. `"dynamic"`: at every call, from
             the activation at hand (current scaling); `"static"`: by calibration; `"delayed"`: from
             the amaxes of earlier steps; `"none"`: activations stay in the compute dtype
@@ -52,6 +53,7 @@ class Mode:
         return self.name.partition("/")[0]
 
 
+AUTO8 = "auto8"
 _VARIANTS = {
     "int8": (
         Mode("int8", "int8", "dynamic", "channel"),
@@ -65,6 +67,15 @@ _VARIANTS = {
         Mode("float8/row", "float8_e4m3fn", "dynamic", "row"),
         Mode("float8/128x128", "float8_e4m3fn", "dynamic", "128x128"),
     ),
+    AUTO8: (
+        Mode("auto8", AUTO8, "dynamic", "channel"),
+        Mode("auto8_delayed", AUTO8, "delayed", "tensor"),
+    ),
+}
+# What they mean on hardware that multiplies the one or the other; both scale the same way.
+RESOLVED: dict[str, dict[str | None, str]] = {
+    "auto8": {"int8": "int8", "float8_e4m3fn": "float8/row"},
+    "auto8_delayed": {"int8": "int8_delayed", "float8_e4m3fn": "float8"},
 }
 _FIXED = {mode.name: mode for variants in _VARIANTS.values() for mode in variants}
 

@@ -15,6 +15,7 @@ import jax
 from ._ambient import current_source_name
 from ._dtype_names import dtype_name, parse_policy_name
 from ._loss_scale import LossScale, NoLossScale, get_loss_scale, serialize_loss_scale
+from ._target import Target, resolve_target
 
 # The formats of `mpjax_kernels` that a cache of keys and values is stored in.
 CACHE_FORMATS = {"int8": "int8", "float8": "float8_e4m3fn"}
@@ -87,6 +88,27 @@ class DTypePolicy:
         """The quantization mode, such as `"int8"`; None if the policy does not quantize."""
         return None
 
+    def resolve(self, target: str | Target | None = None, *, when: str = "always") -> "DTypePolicy":
+        """Returns the policy for one kind of hardware: one without `"auto8"`.
+
+            auto8           float8/row on hardware that multiplies E4M3, else int8
+            auto8_delayed   float8 or int8_delayed, likewise
+            either          the source policy, on hardware that multiplies neither
+
+        Args:
+            target: As in `mpjax.resolve_target`; None is the device at hand.
+            when: As in `mpjax.wrap`. The policy of a wrapped model says `"profitable"` by its
+                `profitable_on`, which is not part of the name or the config.
+
+        Raises:
+            TypeError: If `target` is no target.
+            ValueError: If `target` is unknown, or `when` is something else.
+        """
+        check_when(when)
+        if target is not None:
+            resolve_target(target)
+        return self
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
         return {"name": self.name, **self._source_config()}
@@ -129,6 +151,12 @@ class FloatDTypePolicy(DTypePolicy):
 
     def __repr__(self) -> str:
         return f'<DTypePolicy "{self.name}">'
+
+
+def check_when(when: str) -> None:
+    """Raises ValueError for what says no time to quantize at."""
+    if when not in ("always", "profitable"):
+        raise ValueError(f"`when` is {when!r}: it must be 'always' or 'profitable'")
 
 
 def set_fields(policy: DTypePolicy, **fields: Any) -> None:

@@ -10,6 +10,7 @@ import jax
 from ._identifiers import single_policy
 from ._policy import DTypePolicy
 from ._policy_lookup import PolicyLookup
+from ._target import Target
 
 
 class DTypePolicyMap(PolicyLookup, MutableMapping[str, DTypePolicy]):
@@ -106,6 +107,12 @@ class DTypePolicyMap(PolicyLookup, MutableMapping[str, DTypePolicy]):
     def __copy__(self) -> "DTypePolicyMap":
         return _editable_copy(self)
 
+    def resolve(
+        self, target: str | Target | None = None, *, when: str = "always"
+    ) -> "DTypePolicyMap":
+        """Returns the map for one kind of hardware: see `DTypePolicy.resolve`."""
+        return _editable_copy(freeze(self).resolve(target, when=when))
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Builds the map from the dict that `get_config()` returned."""
@@ -126,6 +133,14 @@ class FrozenDTypePolicyMap(PolicyLookup):
 
     def __hash__(self) -> int:
         return hash((self._default_policy, self._entries, self._follows_global))
+
+    def resolve(
+        self, target: str | Target | None = None, *, when: str = "always"
+    ) -> "FrozenDTypePolicyMap":
+        """Returns the snapshot for one kind of hardware: see `DTypePolicy.resolve`."""
+        default = self._default_policy.resolve(target, when=when)
+        entries = ((key, each.resolve(target, when=when)) for key, each in self._entries)
+        return FrozenDTypePolicyMap(default, tuple(entries), self._follows_global)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "FrozenDTypePolicyMap":
@@ -152,6 +167,15 @@ def resolve(policy: Policy, path: str) -> DTypePolicy:
         ValueError: If several keys of the map match `path` and none is equal to it.
     """
     return policy if isinstance(policy, DTypePolicy) else policy[path]
+
+
+def resolve_on(
+    policy: Policy, target: str | Target | None, when: str = "always"
+) -> DTypePolicy | FrozenDTypePolicyMap:
+    """Returns a hashable policy for one kind of hardware: see `DTypePolicy.resolve`."""
+    if isinstance(policy, DTypePolicy):
+        return policy.resolve(target, when=when)
+    return freeze(policy).resolve(target, when=when)
 
 
 def _snapshot(policy_map: DTypePolicyMap) -> FrozenDTypePolicyMap:

@@ -12,6 +12,7 @@ weight that `mp.quantize` stored (`_stored.py` says how) are not.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,9 +24,11 @@ import mpjax_kernels as mk
 from ._context import Product, active, calibration_in_progress
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
-from ._prescaled import PreScaledWeight, prescaled
+from ._prescaled import PreScaledWeight, is_stored, prescaled
+from ._roofline import ProductSize, why_plain
 from ._scaling import ScalingState
 from ._stored import Stored, runs
+from ._target import Target
 
 Operand = jax.Array | mk.QTensor | PreScaledWeight
 
@@ -85,6 +88,7 @@ class _QuantizedProduct:
       states: the scales that are known before.
       path: the layer's path, under which the product is reported to `observe`; None: not reported.
       kernel: where the layer keeps its kernel; None if it has none.
+      profitable_on: the target on which a product that 8 bits would slow down is left as it is.
     """
 
     compute_dtype: str
@@ -93,6 +97,28 @@ class _QuantizedProduct:
     states: States = Stateless()
     path: str | None = None
     kernel: Kernel | None = None
+    profitable_on: Target | None = None
+
+    def _why_plain(self, size: ProductSize, rhs: Any, *, to_store: bool = False) -> str | None:
+        """Why 8 bits would cost time here, for a float weight: as it is, or as one to be stored."""
+        if self.profitable_on is None or self.stored.activation is None:
+            return None
+        operands = {"input"} if to_store else {"input", "kernel"}
+        return why_plain(
+            self.profitable_on,
+            size,
+            compute_dtype=self.compute_dtype,
+            format=self.stored.format,
+            weight_bytes=rhs.dtype.itemsize,
+            is_stored=to_store,
+            is_scale_known=operands <= self.states.read().keys(),
+        )
+
+    def _observe(self, size: ProductSize, rhs: Any, product: Product) -> None:
+        """Reports the product to who watches a trace, and if its weight is not worth storing."""
+        if not is_stored(rhs) and calibration_in_progress() is None:
+            product = dataclasses.replace(product, left=self._why_plain(size, rhs, to_store=True))
+        _observe(self.path, product)
 
     def _calibrating(
         self, lhs: jax.Array, rhs: Any, lhs_axes: Sequence[int], rhs_axes: Sequence[int]
@@ -151,7 +177,8 @@ class _QuantizedProduct:
             raise TypeError(
                 f"a weight is stored in {weight.format.name} ({weight!r}), but the policy of its "
                 f"layer stores {self.stored.format}: apply quantized variables with the policy "
-                "that they were quantized under"
+                "that they were quantized under, or load them by mp.load(path, target=...) for "
+                "the hardware of this one"
             )
         how = self.stored.activation
         if how is None:
@@ -203,7 +230,8 @@ class QuantizedDotGeneral(_QuantizedProduct):
         _refuse_out_sharding(out_sharding)
         (lhs_axes, rhs_axes), (_, batch) = dimension_numbers
         summed = tuple(sorted(rhs_axes))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
+        size = ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+        self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=tuple(batch)))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
@@ -214,7 +242,7 @@ class QuantizedDotGeneral(_QuantizedProduct):
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jax.lax.dot_general(lhs, observed, dimension_numbers, **options)
-        if self.formats is None:
+        if self.formats is None or self._why_plain(size, rhs):
             return jax.lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, **options)
         return self._trained(mk.quantized_dot_general, lhs, rhs, dimension_numbers, **options)
 
@@ -261,7 +289,8 @@ class QuantizedEinsum(_QuantizedProduct):
         lhs_axes, rhs_axes = mk.contracting_axes(equation, lhs.ndim, rhs.ndim)
         _, batch = mk.batch_axes(equation, lhs.ndim, rhs.ndim)
         summed = tuple(sorted(rhs_axes))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, batch=batch))
+        size = ProductSize.of_dot(lhs.shape, rhs.shape, rhs_axes, batch)
+        self._observe(size, rhs, Product("kernel", tuple(rhs.shape), summed, batch=batch))
         options = {
             "precision": precision,
             "preferred_element_type": self._result_dtype(preferred_element_type),
@@ -272,7 +301,7 @@ class QuantizedEinsum(_QuantizedProduct):
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jnp.einsum(equation, lhs, observed, **options)
-        if self.formats is None:
+        if self.formats is None or self._why_plain(size, rhs):
             return jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), **options)
         return self._trained(mk.quantized_einsum, equation, lhs, rhs, **options)
 
@@ -298,7 +327,7 @@ class QuantizedConv(_QuantizedProduct):
         _refuse_out_sharding(out_sharding)
         spec = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         summed = tuple(sorted(spec.rhs_spec[1:]))
-        _observe(self.path, Product("kernel", tuple(rhs.shape), summed, is_conv=True))
+        product = Product("kernel", tuple(rhs.shape), summed, is_conv=True)
         options = {
             "lhs_dilation": lhs_dilation,
             "rhs_dilation": rhs_dilation,
@@ -308,13 +337,26 @@ class QuantizedConv(_QuantizedProduct):
             "preferred_element_type": self._result_dtype(preferred_element_type),
         }
         how = {"implementation": _CONV_IN_8_BITS, **options}
+        size = ProductSize(0, 0, 0, 0)
+        if self.profitable_on is not None:
+            convolved = functools.partial(
+                jax.lax.conv_general_dilated,
+                window_strides=window_strides,
+                padding=padding,
+                **options,
+            )
+            x, w = (jax.ShapeDtypeStruct(a.shape, self.compute_dtype) for a in (lhs, rhs))
+            size = ProductSize.of_conv(
+                lhs.shape, rhs.shape, summed, jax.eval_shape(convolved, x, w).shape
+            )
+        self._observe(size, rhs, product)
         if isinstance(rhs, mk.QTensor):
             x = self._activation(lhs, rhs, tuple(sorted(spec.lhs_spec[1:])))
             return mk.conv_general_dilated(x, rhs, window_strides, padding, **how)
         observed = self._calibrating(lhs, rhs, (), ())
         if observed is not None:
             return jax.lax.conv_general_dilated(lhs, observed, window_strides, padding, **options)
-        if self.formats is None:
+        if self.formats is None or self._why_plain(size, rhs):
             rhs = rhs.astype(lhs.dtype)
             return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
         product = mk.quantized_conv_general_dilated
@@ -330,6 +372,8 @@ def _observe(path: str | None, product: Product) -> None:
     frame = active.value
     if path is not None and frame is not None and frame.observation is not None:
         known = frame.observation.products.setdefault(path, product)
+        if known.left is not None and product.left is None:
+            frame.observation.products[path] = product
         if known.contracting != product.contracting:
             raise NotImplementedError(
                 f"layer '{path}' contracts its kernel over axes {known.contracting} in one call "
@@ -344,32 +388,3 @@ def _refuse_out_sharding(out_sharding: Any) -> None:
             f"`out_sharding` = {out_sharding} on a quantized layer is not built yet; constrain the "
             "output with `jax.lax.with_sharding_constraint`, or leave this layer unquantized"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class PromoteAroundKernel:
-    """A layer's `promote_dtype(inputs, kernel, bias)` that leaves the kernel as it is stored.
-
-    A kernel that is not quantized yet is quantized from its master copy, so that the outputs are
-    those of the quantized variables, bit for bit.
-
-    Attributes:
-      dtype: name of the dtype that inputs (integers too, as Flax does) and bias are cast to.
-      variadic: Linen passes the arrays one by one, NNX passes one tuple.
-    """
-
-    dtype: str
-    variadic: bool
-
-    def __call__(self, *args: Any, dtype: Any = None, inexact: bool = True) -> tuple[Any, ...]:
-        """Casts; the layer's own `dtype` argument is what this object stands in for."""
-        del dtype, inexact
-        inputs, kernel, bias = args if self.variadic else args[0]
-        inputs = jnp.asarray(inputs)
-        if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"a layer with a quantized policy got {inputs.dtype} inputs of shape "
-                f"{inputs.shape}: an 8-bit product is real. Give the layer a float policy"
-            )
-        bias = None if bias is None else jnp.asarray(bias, self.dtype)
-        return inputs.astype(self.dtype), kernel, bias

@@ -110,7 +110,9 @@ def quantize(
       donate: whether the buffers of float weights are deleted as soon as they are quantized (all
         are checked first), whoever else holds them: `variables` cannot be used any more. NumPy
         arrays and what is traced stay.
-      **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...).
+      **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...). NNX:
+        `rows=`, how many rows (tokens) of input a call has, by which a model that was wrapped with
+        `when="profitable"` judges its layers, as a Linen model does by `x`; left out: very many.
 
     Returns:
       Linen: new variables of the same structure, with `QTensor`s in place of the weights.
@@ -146,7 +148,7 @@ def quantize(
     policies = policies_of(adapter.policy_of(model))
     asked = ask(policies, calibration, method, observer, progress, variables)
     quantized, report = adapter.quantize(asked, model, variables, *args, donate=donate, **kwargs)
-    if not report.quantized:
+    if not report.quantized and not any(is_profitable_only(each) for each in policies):
         raise _nothing_to_quantize(report, type(model).__name__, adapter.policy_of(model))
     if return_report:
         return quantized, report
@@ -159,6 +161,11 @@ def quantize(
             stacklevel=2,
         )
     return quantized
+
+
+def is_profitable_only(policy: Any) -> bool:
+    """Whether a policy may leave every layer as it is."""
+    return getattr(policy, "profitable_on", None) is not None
 
 
 def _nothing_to_quantize(report: QuantizationReport, model: str, policy: Any) -> ValueError:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax
 
 from ._loss_scale import LossScale
-from ._modes import Mode, parse_mode
-from ._policy import DTypePolicy, set_fields, source_fields
+from ._modes import AUTO8, RESOLVED, Mode, parse_mode
+from ._policy import DTypePolicy, check_when, set_fields, source_fields
 from ._scaling import (
     CurrentScaling,
     DelayedScaling,
@@ -17,6 +17,7 @@ from ._scaling import (
     check_history_length,
     check_margin,
 )
+from ._target import Target, resolve_target
 
 
 @jax.tree_util.register_static
@@ -30,7 +31,8 @@ class QuantizedDTypePolicy(DTypePolicy):
     Args:
         mode: `"int8"`, `"int8_static"`, `"int8_delayed"`, `"int8_weight_only"`,
             `"int4/<group_size>"`, `"float8"`, `"float8_current"`, `"float8/row"`,
-            `"float8/128x128"`, `"gptq/4/<group_size>"` or `"awq/4/<group_size>"`.
+            `"float8/128x128"`, `"gptq/4/<group_size>"` or `"awq/4/<group_size>"`; or `"auto8"` or
+            `"auto8_delayed"`, which leave int8 or float8 to the hardware (see `resolve`).
         source_name: The name of the policy that is quantized, as in `DTypePolicy`.
         activations: `"dynamic"`, `"static"`, `"delayed"` or `"none"`; None leaves it to `mode`.
         granularity: What shares a scale, see `Mode`; None leaves it to `mode`.
@@ -53,6 +55,8 @@ class QuantizedDTypePolicy(DTypePolicy):
         scheme: The mode as a `Mode`: formats, granularity, group size.
         amax_history_length: Steps of amax history that delayed scaling looks back on; the other
             modes have no history and ignore it.
+        profitable_on: The target on which a layer is left in its source precision if quantizing
+            it costs time; None quantizes every layer. Only `resolve` sets it.
 
     Raises:
         TypeError: If `source_name` is not a string.
@@ -70,6 +74,7 @@ class QuantizedDTypePolicy(DTypePolicy):
     margin: float = 0
     amax_algorithm: str = "max"
     quantize_attention: bool = False
+    profitable_on: Target | None = None
 
     _kind: ClassVar[str] = "quantized"
 
@@ -104,7 +109,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         check_margin(margin)
         check_algorithm(amax_algorithm)
         if (
-            scheme.name in ("int8", "int8_static", "int8_delayed")
+            scheme.name in ("int8", "int8_static", "int8_delayed", *RESOLVED)
             and source["compute_dtype"] == "float16"
         ):
             raise ValueError(
@@ -116,7 +121,29 @@ class QuantizedDTypePolicy(DTypePolicy):
         set_fields(self, name=name, mode=scheme.name, scheme=scheme, **source)
         set_fields(self, symmetric=scheme.symmetric, margin=margin, amax_algorithm=amax_algorithm)
         set_fields(self, amax_history_length=amax_history_length)
-        set_fields(self, quantize_attention=bool(quantize_attention))
+        set_fields(self, quantize_attention=bool(quantize_attention), profitable_on=None)
+
+    def resolve(self, target: str | Target | None = None, *, when: str = "always") -> DTypePolicy:
+        """Returns the policy for one kind of hardware; see `DTypePolicy.resolve`."""
+        check_when(when)
+        if self.scheme.weights != AUTO8 and when == "always":
+            return super().resolve(target)
+        target = resolve_target(target)
+        mode: str | None = self.mode
+        if self.scheme.weights == AUTO8:
+            mode = RESOLVED[self.mode].get(target.eight_bits)
+        if mode is None:
+            return DTypePolicy.from_config({"name": self.source_name, **self._source_config()})
+        policy = self.with_mode(mode)
+        if when == "profitable":
+            set_fields(policy, profitable_on=target)
+        return policy
+
+    def with_mode(self, mode: str) -> "QuantizedDTypePolicy":
+        """Returns a policy of another mode, and what else this one says."""
+        is_float8 = mode.startswith("float8")
+        cls = QuantizedFloat8DTypePolicy if is_float8 else QuantizedDTypePolicy
+        return cls.from_config({**self.get_config(), "mode": mode})
 
     @property
     def quantization_mode(self) -> str:

@@ -23,6 +23,7 @@ from ._policy import DTypePolicy
 from ._quantized_policy import QuantizedDTypePolicy
 from ._scaling import CurrentScaling, DelayedScaling, StaticScaling
 from ._stored import Stored, stored_of
+from ._target import Target
 
 OPERANDS = ("input", "kernel", "output_grad")
 _GRADIENT_FORMAT = "float8_e5m2"
@@ -36,11 +37,13 @@ class Recipe:
       formats: of the three products of a float weight; None leaves them in the compute dtype.
       states: the operands whose scales are states, with the recipe and the format of each.
       stored: how a weight is stored for inference, and what multiplies it.
+      profitable_on: the target on which a product that 8 bits would slow down is left as it is.
     """
 
     formats: mk.DotFormats | None
     states: tuple[tuple[str, DelayedScaling | StaticScaling, str], ...]
     stored: Stored
+    profitable_on: Target | None = None
 
 
 def attention_recipe_of(policy: DTypePolicy) -> Recipe | None:
@@ -52,9 +55,14 @@ def attention_recipe_of(policy: DTypePolicy) -> Recipe | None:
 @functools.cache
 def recipe_of(policy: DTypePolicy) -> Recipe | None:
     """The recipe of a policy, or None if its layers multiply in the compute dtype."""
-    stored = stored_of(policy)
-    if stored is None or not isinstance(policy, QuantizedDTypePolicy):
+    if not isinstance(policy, QuantizedDTypePolicy):
         return None
+    return dataclasses.replace(_recipe_of(policy), profitable_on=policy.profitable_on)
+
+
+def _recipe_of(policy: QuantizedDTypePolicy) -> Recipe:
+    stored = stored_of(policy)
+    assert stored is not None
     scaling, format = policy.scaling, policy.scheme.weights
     if scaling is None or policy.scheme.granularity == "128x128":
         return Recipe(None, (), stored)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from ._modes import AUTO8
 from ._policy import DTypePolicy
 from ._quantized_policy import QuantizedDTypePolicy
 
@@ -63,6 +64,11 @@ def stored_of(policy: DTypePolicy) -> Stored | None:
     if not isinstance(policy, QuantizedDTypePolicy):
         return None
     mode = policy.scheme
+    if mode.weights == AUTO8:
+        raise ValueError(
+            f"{policy!r} is not resolved: call policy.resolve(target), or mp.wrap(model, policy, "
+            "target=...), which decides between int8 and float8"
+        )
     size, granularity = None, "channel"
     if mode.granularity == "128x128":
         size, granularity = _BLOCK, "block"

@@ -10,13 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from ._policy import DTypePolicy
-from ._policy_map import FrozenDTypePolicyMap, freeze
+from ._policy_map import FrozenDTypePolicyMap, resolve_on
 from ._serialize import get_policy
+from ._target import Target
 
 M = TypeVar("M")
 
 
-def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
+def wrap(
+    module: M,
+    policy: Any = None,
+    *,
+    strict: bool = True,
+    target: str | Target | None = None,
+    when: str = "always",
+) -> M:
     """Puts a Flax module under a dtype policy, without a change to the module's code.
 
     Every layer inside follows the policy of its path: floating arguments, and parameters where the
@@ -34,6 +42,11 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
         from layer paths to policies. None is the global policy, `dtype_policy()`, as it is now:
         later changes to it, or to the map, do not reach the wrapped module.
       strict: False makes a map key that matches no layer a warning instead of an error.
+      target: the hardware that the model is for, see `resolve_target`; None is the device at hand.
+        Only `"auto8"` policies and `when="profitable"` ask for it.
+      when: `"always"`, or `"profitable"`: a layer stays in its source precision where quantizing
+        its operands would cost more time on the target than 8 bits save, by a roofline of its
+        shapes (see `mpjax.roofline`). Weights that are quantized already stay quantized.
 
     Returns:
       Linen: a new module whose class is a subclass of the module's, with the frozen policy as
@@ -41,8 +54,9 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
 
     Raises:
       TypeError: `module` is neither a Linen nor an NNX module.
-      ValueError: the policy computes in a dtype that is not floating, needs `jax_enable_x64`, or,
-        for NNX, has a map key that reaches no layer (Linen tells at `init`, `apply`, `quantize`).
+      ValueError: the policy computes in a dtype that is not floating, or needs `jax_enable_x64`;
+        the target or `when` is unknown; or, for NNX, the policy has a map key that reaches no
+        layer (Linen tells at `init`, `apply`, `quantize`).
 
     References:
       Keras mixed precision policies, https://keras.io/api/mixed_precision/policy/
@@ -54,7 +68,7 @@ def wrap(module: M, policy: Any = None, *, strict: bool = True) -> M:
             "policies by layer path, give a map and its default: "
             "mp.DTypePolicyMap('mixed_bfloat16', {...})"
         )
-    frozen = freeze(get_policy(policy))
+    frozen = resolve_on(get_policy(policy), target, when)
     for each in policies_of(frozen):
         _check_dtypes(each)
     return adapter.wrap(module, frozen, strict=strict)

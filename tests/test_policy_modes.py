@@ -154,6 +154,7 @@ def test_modes_lists_every_variant_once():
     assert [mode.name for mode in mp.modes()] == [
         *("int8", "int8_static", "int8_weight_only", "int8_delayed"),
         *("float8", "float8_current", "float8/row", "float8/128x128"),
+        *("auto8", "auto8_delayed"),
         *("int4/-1", "int4/128", "gptq/4/128", "awq/4/128"),
     ]
     for mode in mp.modes():

@@ -1,5 +1,8 @@
 """Quantized arrays and the products between them: arrays in, arrays out, JAX only."""
 
+from ._about import NativeKernels as NativeKernels
+from ._about import implementations as implementations
+from ._about import native_kernels as native_kernels
 from ._conv import conv_general_dilated as conv_general_dilated
 from ._dot_formats import DotFormats as DotFormats
 from ._dot_formats import OperandFormat as OperandFormat

@@ -24,7 +24,6 @@ from .._cast import in_dtypes_of
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
 from .._kv_cache import check_cache, refuse_own_attention
 from .._products import (
-    PromoteAroundKernel,
     QuantizedConv,
     QuantizedDotGeneral,
     QuantizedEinsum,
@@ -32,6 +31,7 @@ from .._products import (
     StoredEmbedding,
     observe_embedding,
 )
+from .._promote import PromoteAroundKernel
 from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._kv_cache import REMEDY, Decoding
 from ._layer import Layer, author_dtype, lent
@@ -95,6 +95,7 @@ def _fields(layer: Layer, recipe: Recipe, prefix: str = "") -> dict[str, Any]:
         "compute_dtype": layer.policy.compute_dtype,
         "formats": recipe.formats,
         "stored": recipe.stored,
+        "profitable_on": recipe.profitable_on,
         "states": LayerStates(layer, recipe, prefix) if recipe.states else Stateless(),
     }
 

@@ -59,6 +59,7 @@ def quantize(
     shapes = abstract(variables)
     observation = trace(model, shapes, *args, **kwargs)
     check_reached(model, variables["params"], observation)
+    _set_aside(observation)
     if observation.products:  # all that shapes can tell, before any work
         stored = jax.eval_shape(lambda shapes: _store(None, model, shapes, observation)[0], shapes)
         _check_applies(model, stored, *args, **kwargs)
@@ -98,6 +99,14 @@ def _store(
     return quantized, QuantizationReport(tuple(rows.values()))
 
 
+def _set_aside(observation: Observation) -> None:
+    """Takes the weights that a policy leaves as they are from those to be stored."""
+    products = observation.products
+    left = {path: each.left for path, each in products.items() if each.left is not None}
+    observation.left = {_name(path, products[path]): reason for path, reason in left.items()}
+    observation.products = {path: each for path, each in products.items() if path not in left}
+
+
 def _check_before_donation(variables: Any, observation: Observation) -> None:
     """Raises for whatever would come up when some weights have been freed already."""
     weights = {
@@ -121,6 +130,8 @@ def _owner(params: Any, path: str) -> Any:
 
 
 def _left(model: nn.Module, observation: Observation, name: str, leaf: Any) -> QuantizedWeight:
+    if name in observation.left:
+        return left_weight(name, leaf, observation.left[name], wanted=False)
     owner = join(name.split("/")[1:-1])
     called = owner in observation.policies
     policy = observation.policies[owner] if called else resolve(policy_of(model), owner)

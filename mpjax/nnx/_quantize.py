@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +28,14 @@ from .._quantization_report import (
     quantized_weight,
 )
 from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
+from .._roofline import ProductSize, why_plain
 from .._stored import CannotStoreError, Stored, stored_of
 from ._calibrate import calibrate, check_runs, scales_of, scaling_of
 from ._given import given_values, put_values
 from ._rules import NORMS
 from ._wrap import author_dtype
+
+_MANY = 2**20  # rows of an input, where a call says nothing of them: the weight hardly counts
 
 
 def quantize(
@@ -40,6 +44,7 @@ def quantize(
     weights: Any = None,
     *args: Any,
     donate: bool = False,
+    rows: int | None = None,
     **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
@@ -58,26 +63,34 @@ def quantize(
             "leave one of `calibration` and the weights out"
         )
     given = {} if weights is None else given_values(model, weights)
-    rows: list[QuantizedWeight] = []
+    report: list[QuantizedWeight] = []
     plans: list[_Plan] = []
+    is_judged = False  # and found not worth it: then the model works as it is
     for path, weight, layer in _weights(model):
         value = given.get(path, weight.get_raw_value())
         product, stored, reason = _product_of(layer, weight, path)
         if product is not None and stored is not None:
-            plan = _Plan(path, weight, layer, product, stored, len(rows))
+            left = _why_plain(layer, product, stored, value, rows)
+            if left is not None:
+                report.append(left_weight(path, value, left, wanted=False))
+                is_judged = True
+                continue
+            plan = _Plan(path, weight, layer, product, stored, len(report))
             reason = plan.refusal(value)
             plans += [plan] if reason is None else []
-        rows.append(left_weight(path, value, reason or "", wanted=stored is not None))
-    if not plans:
-        return model, QuantizationReport(tuple(rows))
+        report.append(left_weight(path, value, reason or "", wanted=stored is not None))
+    if not plans and not is_judged:
+        return model, QuantizationReport(tuple(report))
     _check_before_work(plans, given, nnx.as_pure(nnx.state(model)) if donate else None)
-    calibrated = None if calibration is None else _calibrated(calibration, model, plans, kwargs)
+    calibrated = None
+    if calibration is not None and plans:
+        calibrated = _calibrated(calibration, model, plans, kwargs)
     made: dict[str, Any] = {}
     with _half_done(model, plans):
         for plan in plans:
             value = given.pop(plan.path, plan.weight.get_raw_value())
             quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
-            rows[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
+            report[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
             if donate:
                 release(value)
             if weights is None:
@@ -90,7 +103,7 @@ def quantize(
         for path, variable in scaling_of(model).items():
             variable.set_raw_value(scales[path])
     put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
-    return model, QuantizationReport(tuple(rows))
+    return model, QuantizationReport(tuple(report))
 
 
 def _calibrated(
@@ -200,6 +213,31 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
     shape = weight.get_raw_value().shape
     is_conv = kind.startswith("conv")
     return Product(name, shape[len(shape) - ndim :], contracting, is_conv, batch), stored, ""
+
+
+def _why_plain(
+    layer: Any, product: Product, stored: Stored, value: Any, rows: int | None
+) -> str | None:
+    """Why a weight is not worth storing for so many rows of its layer's input, if it is not."""
+    policy = getattr(type(layer), POLICY)
+    if policy.profitable_on is None or stored.activation is None or isinstance(layer, nnx.Embed):
+        return None
+    shape, summed = product.shape, product.contracting
+    terms = math.prod(shape[axis] for axis in summed)
+    window = math.prod(shape[axis] for axis in summed[:-1]) if product.is_conv else 1
+    batch = math.prod(shape[axis] for axis in product.batch)
+    rows = _MANY if rows is None else rows
+    weight = math.prod(shape)
+    size = ProductSize(rows * batch * terms // window, weight, rows * weight // terms, terms)
+    return why_plain(
+        policy.profitable_on,
+        size,
+        compute_dtype=policy.compute_dtype,
+        format=stored.format,
+        weight_bytes=value.dtype.itemsize,
+        is_stored=True,
+        is_scale_known=policy.scheme.activations != "dynamic",
+    )
 
 
 def _contracting(layer: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]] | str:

@@ -24,13 +24,13 @@ from .._cast import cast_array
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
 from .._policy import DTypePolicy
 from .._products import (
-    PromoteAroundKernel,
     QuantizedConv,
     QuantizedDotGeneral,
     QuantizedEinsum,
     Stateless,
     StoredEmbedding,
 )
+from .._promote import PromoteAroundKernel
 from .._recipes import Recipe, attention_recipe_of, recipe_of
 from ._kv_cache import Call, InitCache
 from ._states import KernelOfLayer, OfLayer
@@ -133,7 +133,14 @@ def _product(
     kind: Any, policy: DTypePolicy, recipe: Recipe, prefix: str = "", kernel: Any = None
 ) -> Any:
     states = OfLayer(prefix) if recipe.states else Stateless()
-    return kind(policy.compute_dtype, recipe.formats, recipe.stored, states, kernel=kernel)
+    return kind(
+        policy.compute_dtype,
+        recipe.formats,
+        recipe.stored,
+        states,
+        kernel=kernel,
+        profitable_on=recipe.profitable_on,
+    )
 
 
 def _with_product(attribute: str, product: Any, policy: DTypePolicy) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""What of this package runs where it is: for who diagnoses an installation."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ._dot_general import IMPLEMENTATIONS
+from ._native_library import _PATH, native_refusal
+
+_BUILD_NOTE = Path(__file__).parent / "native_build.txt"  # written by hatch_build.py
+_ONLY_IF_NAMED = ("tpu",)
+
+
+@dataclass(frozen=True)
+class NativeKernels:
+    """Whether there are native CPU kernels.
+
+    Attributes:
+        isa: The instruction set that they use here; None if they are not used.
+        refusal: Why they are not used; None if they are.
+    """
+
+    isa: str | None
+    refusal: str | None
+
+
+def native_kernels() -> NativeKernels:
+    """Returns whether the native CPU kernels are used here, and else why not."""
+    refusal = native_refusal()
+    if refusal is None:
+        library = ctypes.CDLL(str(_PATH))
+        library.mpjax_native_isa.restype = ctypes.c_char_p
+        return NativeKernels(library.mpjax_native_isa().decode(), None)
+    if not _PATH.exists() and os.environ.get("MPJAX_NATIVE") != "0":
+        refusal = "they were not compiled, as this is a checkout that was not installed"
+        if _BUILD_NOTE.exists():
+            why = _BUILD_NOTE.read_text().strip()
+            refusal = f"they were not compiled when the package was installed: {why}"
+    return NativeKernels(None, refusal)
+
+
+def implementations(platform: str) -> tuple[str, ...]:
+    """Returns the implementations of `dot_general` on a platform, in the order they are tried.
+
+    Args:
+        platform: `"cpu"`, `"tpu"`, `"cuda"` or `"rocm"`.
+    """
+    return tuple(
+        name
+        for name, each in IMPLEMENTATIONS.items()
+        if (not each.platforms or platform in each.platforms)
+        and name not in _ONLY_IF_NAMED
+        and not (each.is_native and native_refusal())
+    )
