@@ -53,9 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         console().print(table_of(row))
 
 
-def measure(
-    shape: tuple[int, int, int], names: list[str] | None, rounds: int
-) -> dict[str, Any]:
+def measure(shape: tuple[int, int, int], names: list[str] | None, rounds: int) -> dict[str, Any]:
     """Checks and times everyone; returns the row.
 
     Raises:

@@ -4,9 +4,9 @@ float8: cuDNN has none, and XLA widens the operands to float32, which at full pr
 core multiplies. bfloat16 holds these values as they are, and so does TF32: their products are
 exact, and sums are float32.
 
-int8: cuDNN has it, but for groups, of which it computes the first and gives it for all of them,
-without an error (cuDNN of JAX 0.11.2 on an H200). Groups are convolved in float32, which is exact
-while no sum leaves 24 bits, or else one by one.
+int8: cuDNN has it, but in groups it is wrong without an error (JAX 0.11.2 on an H200;
+https://github.com/openxla/xla/issues/49123). Groups are convolved in float32, which is exact while
+no sum leaves 24 bits, or else one by one.
 """
 
 from dataclasses import replace
