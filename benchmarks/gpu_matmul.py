@@ -42,6 +42,9 @@ ROUNDS, QUICK_ROUNDS = 5, 1
 
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
+    if jax.default_backend() != "gpu" and not options.quick:
+        print("gpu_matmul.py measures a GPU, and there is none: --quick rehearses it on a CPU.")
+        return
     jax.config.update("jax_enable_compilation_cache", False)
     whole = options.cases is None and options.contenders is None
     written = Rows("gpu_matmul", output_folder(options, whole))

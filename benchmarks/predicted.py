@@ -44,6 +44,9 @@ CALLS = 20
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__).parse_args(arguments)
+    if jax.default_backend() != "gpu" and not options.quick:
+        print("predicted.py measures a GPU, and there is none: --quick rehearses it on a CPU.")
+        return
     jax.config.update("jax_enable_compilation_cache", False)
     written = Rows("predicted", output_folder(options, True))
     machine, target = environment(), mp.resolve_target()
