@@ -58,9 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
             row = dict(zip("mkn", shape, strict=True)) | {"dtype": dtype}
             row |= {"predicted_ms": roofline(shape, dtype, target), "measured_ms": median(times)}
             row["efficiency"] = row["predicted_ms"] / row["measured_ms"]
-            rows.append(row | {"calls": len(times)})
-            written.add(shared | rounded(rows[-1]))
-            print(line(rounded(row)))
+            rows.append(rounded(row) | {"calls": len(times)})
+            written.add(shared | rows[-1])
+            print(line(rows[-1]))
     of = {name: [row for row in rows if row["dtype"] == name] for name in DTYPES} | {"all": rows}
     summary = {name: correlations(some) for name, some in of.items()}
     written.add(shared | {"summary": summary})
@@ -105,12 +105,18 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
     predicted, measured = (
         np.log([row[name] for row in rows]) for name in ("predicted_ms", "measured_ms")
     )
-    ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
+    ranks = [_ranks(values) for values in (predicted, measured)]
     return {
         "pearson_of_logs": round(float(np.corrcoef(predicted, measured)[0, 1]), 4),
         "spearman": round(float(np.corrcoef(*ranks)[0, 1]), 4),
         "mean_efficiency": round(float(np.exp(np.mean(predicted - measured))), 3),
     }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The place of each in order; equal ones share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
