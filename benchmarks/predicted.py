@@ -55,9 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     for shape in QUICK_SHAPES if options.quick else SHAPES:
         for dtype in DTYPES:
             times = milliseconds(product(shape, dtype), 3 if options.quick else CALLS)
+            predicted, measured = roofline(shape, dtype, target), median(times)
             row = dict(zip("mkn", shape, strict=True)) | {"dtype": dtype}
-            row |= {"predicted_ms": roofline(shape, dtype, target), "measured_ms": median(times)}
-            row["efficiency"] = row["predicted_ms"] / row["measured_ms"]
+            row |= {"predicted_ms": predicted, "measured_ms": measured}
+            row["efficiency"] = predicted / measured
             rows.append(rounded(row) | {"calls": len(times)})
             written.add(shared | rows[-1])
             print(line(rows[-1]))
@@ -105,10 +106,9 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
     predicted, measured = (
         np.log([row[name] for row in rows]) for name in ("predicted_ms", "measured_ms")
     )
-    ranks = [_ranks(values) for values in (predicted, measured)]
     return {
         "pearson_of_logs": round(float(np.corrcoef(predicted, measured)[0, 1]), 4),
-        "spearman": round(float(np.corrcoef(*ranks)[0, 1]), 4),
+        "spearman": round(float(np.corrcoef(_ranks(predicted), _ranks(measured))[0, 1]), 4),
         "mean_efficiency": round(float(np.exp(np.mean(predicted - measured))), 3),
     }
 
