@@ -143,11 +143,14 @@ def race(
     own: Collection[str],
     reference: np.ndarray,
     rounds: int,
-    limits: dict[str, float],
+    limits: dict[str, float] | None,
     operations: int | None = None,
     before: Callable[[], Any] | None = None,
+    also: Callable[[Program], dict[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Prepares, checks and times everyone; returns their entries.
+
+    Without `limits` there are no rates in them; `also` returns further figures of a program.
 
     Raises:
         ArithmeticError: If the result of one of our `own` is wrong. A peer's is an entry with
@@ -164,8 +167,9 @@ def race(
     runs = {name: program.run for name, program in programs.items()}
     for name, samples in interleaved(runs, rounds, before).items():
         timing = spread(samples)
-        rates = _rates(timing["median_ms"] / 1e3, programs[name].bytes, operations, limits)
-        entries[name] |= timing | rates
+        elapsed, size = timing["median_ms"] / 1e3, programs[name].bytes
+        rates = {} if limits is None else _rates(elapsed, size, operations, limits)
+        entries[name] |= timing | rates | ({} if also is None else also(programs[name]))
     return entries
 
 

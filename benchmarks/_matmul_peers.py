@@ -145,7 +145,7 @@ def flax_float8(fmt: Format, x: np.ndarray, w: np.ndarray) -> Program:
     """Flax's current float8 operation in a Dense, with the amax history of these operands."""
     linen = importlib.import_module("flax.linen")
     op = importlib.import_module("flax.linen.fp8_ops").Fp8DirectDotGeneralOp
-    layer = linen.Dense(w.shape[1], use_bias=False, dot_general_cls=op)
+    layer = linen.Dense(w.shape[1], use_bias=False, dtype=fmt.dtype, dot_general_cls=op)
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
     (name,) = variables["_overwrite_with_gradient"]
     largest = {"input_amax_history": np.abs(x).max(), "kernel_amax_history": np.abs(w).max()}
@@ -154,7 +154,7 @@ def flax_float8(fmt: Format, x: np.ndarray, w: np.ndarray) -> Program:
         for key, each in variables["_overwrite_with_gradient"][name].items()
     }
     variables = {"params": {"kernel": w}, "_overwrite_with_gradient": {name: state}}
-    return compiled(layer.apply, variables, x)
+    return compiled(layer.apply, variables, jnp.asarray(x, fmt.dtype))
 
 
 def keras(fmt: Format, x: np.ndarray, w: np.ndarray) -> Program:

@@ -27,6 +27,8 @@ OPTIMIZER = optax.sgd(2e-5)
 # the other, together 0.056; int8 with a scale for 512 Gaussians leaves 0.0075 of each, 0.011.
 # The rest is what the layers before and after leave, and scales per tensor.
 BFLOAT16_BOUND, INT8_BOUND, FLOAT8_BOUND = 0.01, 0.03, 0.1
+# What attention and norms in 16 bits, which all contenders but float32 have, add to each of them.
+ATTENTION_BOUND = 0.05
 
 State = Any
 Gradients = Any
@@ -41,8 +43,44 @@ class Case:
     batch: int
     blocks: int = 4
 
+    more_error = 0.0  # than that of a product, in 16 bits
+
     def __str__(self) -> str:
         return f"mlp {self.blocks}x({self.width}, {self.hidden}) batch {self.batch}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what goes in, and comes out."""
+        return self.batch, self.width
+
+    def model(self, *options: Any) -> nn.Module:
+        """The model, in the dtypes and with the product given."""
+        return MLP(self, *options)
+
+
+@dataclass(frozen=True)
+class TransformerCase:
+    """Pre-norm blocks of causal attention and an MLP four times as wide, and their sequences."""
+
+    width: int
+    heads: int
+    batch: int
+    tokens: int
+    blocks: int = 4
+
+    more_error = ATTENTION_BOUND
+
+    def __str__(self) -> str:
+        return f"transformer {self.blocks}x{self.width} batch {self.batch}x{self.tokens}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what goes in, and comes out."""
+        return self.batch, self.tokens, self.width
+
+    def model(self, *options: Any) -> nn.Module:
+        """The model, in the dtypes and with the product given."""
+        return Transformer(self, *options)
 
 
 class MLP(nn.Module):
@@ -60,6 +98,35 @@ class MLP(nn.Module):
         for _ in range(self.case.blocks):
             x = x + dense(self.case.width)(nn.gelu(dense(self.case.hidden)(x)))
         return x
+
+
+class Transformer(nn.Module):
+    """The model; on a GPU 16-bit attention is cuDNN's, for everyone."""
+
+    case: TransformerCase
+    stream: Any
+    dtype: Any = None
+    dot_general_cls: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(nn.Dense, dtype=self.dtype, dot_general_cls=self.dot_general_cls)
+        norm = partial(nn.LayerNorm, dtype=self.dtype)
+        case, x = self.case, x.astype(self.stream)
+        for _ in range(case.blocks):
+            h = norm()(x)
+            heads = (*x.shape[:2], case.heads, case.width // case.heads)
+            q, k, v = (dense(case.width)(h).reshape(heads) for _ in range(3))
+            x = x + dense(case.width)(_attention(q, k, v).reshape(x.shape))
+            x = x + dense(case.width)(nn.gelu(dense(4 * case.width)(norm()(x))))
+        return x
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation="cudnn" if fused else "xla"
+    )
 
 
 @dataclass(frozen=True)
@@ -95,18 +162,18 @@ class Contender:
         note: What a reader must know to compare it.
     """
 
-    build: Callable[[Case], Training]
+    build: Callable[[Any], Training]
     package: str
     bound: float
     note: str = ""
 
 
 def step_and_abstract_arguments(
-    case: Case, contender: str
+    case: Case | TransformerCase, contender: str
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The step of a contender and the shapes of its arguments: the state, inputs and targets."""
     training = CONTENDERS[contender].build(case)
-    rows = jax.ShapeDtypeStruct((case.batch, case.width), jnp.float32)
+    rows = jax.ShapeDtypeStruct(case.shape, jnp.float32)
     return training.step, (jax.eval_shape(training.init, jax.random.key(0), rows), rows, rows)
 
 
@@ -139,9 +206,9 @@ def flax_training(model: nn.Module) -> Training:
     )
 
 
-def our_training(policy: str, dtype: Any, case: Case) -> Training:
+def our_training(policy: str, dtype: Any, case: Case | TransformerCase) -> Training:
     """The wrapped model with our `TrainState`."""
-    model = mp.wrap(MLP(case, dtype), policy)
+    model = mp.wrap(case.model(dtype), policy)
 
     def init(key: jax.Array, x: jax.Array) -> Any:
         variables = model.init(key, x)
@@ -161,34 +228,34 @@ def our_training(policy: str, dtype: Any, case: Case) -> Training:
     )
 
 
-def plain(dtype: Any, case: Case) -> Training:
+def plain(dtype: Any, case: Case | TransformerCase) -> Training:
     """Flax layers that compute in a dtype."""
-    return flax_training(MLP(case, dtype, dtype))
+    return flax_training(case.model(dtype, dtype))
 
 
-def flax_float8(dtype: Any, case: Case) -> Training:
+def flax_float8(dtype: Any, case: Case | TransformerCase) -> Training:
     """Flax's current float8 operation: delayed scales per tensor, histories of 1024."""
-    return flax_training(MLP(case, dtype, dtype, nn.Fp8DotGeneral))
+    return flax_training(case.model(dtype, dtype, nn.Fp8DotGeneral))
 
 
-def qwix(forward: str, backward: str, dtype: Any, case: Case) -> Training:
+def qwix(forward: str, backward: str, dtype: Any, case: Case | TransformerCase) -> Training:
     """Qwix's quantized training of a Linen model."""
     package = importlib.import_module("qwix")
     rule = package.QtRule(
         module_path=".*", weight_qtype=forward, act_qtype=forward, bwd_qtype=backward
     )
-    model = package.quantize_model(MLP(case, dtype, dtype), package.QtProvider([rule]))
+    model = package.quantize_model(case.model(dtype, dtype), package.QtProvider([rule]))
     return flax_training(model)
 
 
-def aqt(dtype: Any, case: Case) -> Training:
+def aqt(dtype: Any, case: Case | TransformerCase) -> Training:
     """AQT in the layers, all three products in int8."""
     config = importlib.import_module("aqt.jax.v2.config")
     layers = importlib.import_module("aqt.jax.v2.flax.aqt_flax")
     settings = config.fully_quantized(fwd_bits=8, bwd_bits=8, use_stochastic_rounding=False)
     # It asks for a key only to round stochastically.
     operation = partial(layers.AqtDotGeneral, settings, prng_name=None)
-    return flax_training(MLP(case, dtype, dtype, operation))
+    return flax_training(case.model(dtype, dtype, operation))
 
 
 def _ours() -> dict[str, Contender]:

@@ -29,7 +29,8 @@ from typing import Any
 import jax
 
 from _contest import race
-from _inference import OURS, PEERS, Case, contenders, reference
+from _gpu_timing import busy_entry
+from _inference import GPU_OURS, OURS, PEERS, Case, contenders, reference
 from _inference_models import Decode, Encode, bert
 from _inference_table import print_profile, print_row, summary
 from _machine import environment, limits
@@ -39,6 +40,8 @@ from _suite import Rows, output_folder, parser, selected
 CASES = {
     str(case): case for case in (*(Encode(b, t) for b in (1, 8, 64) for t in (16, 128)), Decode())
 }
+# Float32 weights of 6.5 GB: 16 bits of them take a millisecond to read.
+GPU_CASES = {str(case): case for case in (Decode(8, 4096, 32, vocabulary=4096),)}
 TINY = bert.Shape(vocabulary=64, positions=32, width=128, inner=256, depth=1, heads=4)
 QUICK_CASES = {
     str(case): case
@@ -60,19 +63,21 @@ OF_QWIX_ELSEWHERE = 0.97
 def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     jax.config.update("jax_enable_compilation_cache", False)
-    chosen = selected(QUICK_CASES if options.quick else CASES, options.cases)
+    on_gpu = jax.default_backend() == "gpu"
+    cases = GPU_CASES if on_gpu else CASES
+    chosen = selected(QUICK_CASES if options.quick else cases, options.cases)
     whole = options.cases is None and options.contenders is None
     machine = environment()
-    name = "inference_profile" if options.profile else "inference"
+    name = ("inference_profile" if options.profile else "inference") + ("_gpu" if on_gpu else "")
     written, rows = Rows(name, output_folder(options, whole)), []
     shared = {"benchmark": name, "machine": machine}
-    if not options.profile:
+    if not options.profile and not on_gpu:
         shared["limits"] = limits(32, 512) if options.quick else limits()
     for case in chosen.values():
         if options.profile:
             row, show = profile(case, options), print_profile
         else:
-            row, show = measure(case, options, shared["limits"]), print_row
+            row, show = measure(case, options, shared.get("limits")), print_row
         rows.append(shared | row)
         written.add(rows[-1])
         show(rows[-1])
@@ -80,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(line)
 
 
-def measure(case: Case, options: argparse.Namespace, bounds: dict[str, float]) -> dict[str, Any]:
+def measure(
+    case: Case, options: argparse.Namespace, bounds: dict[str, float] | None
+) -> dict[str, Any]:
     """Checks and times everyone in turns; returns the row.
 
     Raises:
@@ -88,7 +95,8 @@ def measure(case: Case, options: argparse.Namespace, bounds: dict[str, float]) -
     """
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     known = contenders(case, options.contenders)
-    entries = race(known, OURS, reference(case), rounds, bounds)
+    own = OURS | GPU_OURS
+    entries = race(known, own, reference(case), rounds, bounds, also=busy_entry)
     for entry in entries.values():
         if "median_ms" in entry:
             entry["per_s"] = round(case.batch / entry["median_ms"] * 1e3, 2)
@@ -107,9 +115,9 @@ def compared(case: str, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Everyone's entry, our throughput over everyone else's, and what became of the targets."""
     ran = {name: entry["per_s"] for name, entry in entries.items() if "per_s" in entry}
     ratios = {
-        ours: {peer: round(ran[ours] / ran[peer], 4) for peer in ran if peer not in OURS}
+        ours: {peer: round(ran[ours] / ran[peer], 4) for peer in ran if peer in PEERS}
         for ours in ran
-        if ours in OURS
+        if ours in OURS or ours in GPU_OURS
     }
     targets = []
     for peer, at_least in wanted(case).items():
@@ -131,7 +139,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--cases", nargs="+", help=f"parts of their names: {'; '.join(CASES)}")
     options.add_argument(
-        "--contenders", nargs="+", choices=(*OURS, *PEERS), help="all of them by default"
+        "--contenders", nargs="+", choices=(*OURS, *GPU_OURS, *PEERS), help="all of them by default"
     )
     options.add_argument("--profile", action="store_true", help="say where the time goes")
     return options.parse_args(arguments)

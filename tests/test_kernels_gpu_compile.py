@@ -99,3 +99,10 @@ def test_training_multiplies_e4m3_forward_and_e5m2_backward(compiled):
     text = compiled(jax.grad(loss, argnums=(0, 1)), abstract(ROWS, TERMS), abstract(TERMS, COLUMNS))
     e4m3, e5m2 = "f8e4m3fn", "f8e5m2"
     assert multiplied(text) == sorted([(e4m3, e4m3), (e5m2, e4m3), (e4m3, e5m2)])
+
+
+def test_what_is_quantized_and_dequantized_in_one_program_is_rounded(compiled):
+    text = compiled(lambda x: mk.dequantize(mk.quantize(x, E4M3, axis=1)), abstract(ROWS, TERMS))
+    assert "f8e4m3fn" in entry(text)
+    text = compiled(lambda x: x.astype(jnp.dtype(E4M3)).astype(x.dtype) + 1, abstract(ROWS, TERMS))
+    assert "f8e4m3fn" not in text  # which shows that XLA would leave it out

@@ -21,7 +21,7 @@ def compiled():
 def products(monkeypatch, compiled, contender):
     """How often the step of the benchmark multiplies which dtypes, and of how many layers."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    (case,) = importlib.import_module("train_step").CASES["gpu"]
+    case, _ = importlib.import_module("train_step").CASES["gpu"]
     step, arguments = importlib.import_module("_training").step_and_abstract_arguments(
         case, contender
     )

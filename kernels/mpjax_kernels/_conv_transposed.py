@@ -76,4 +76,12 @@ def _common(lhs: Operand, rhs: Operand, dtype: np.dtype) -> np.dtype:
 
 
 def _values(operand: Operand, dtype: np.dtype) -> Float[Array, "..."]:
-    return decode(operand, dtype) if isinstance(operand, QTensor) else operand.astype(dtype)
+    if not isinstance(operand, QTensor):
+        return operand.astype(dtype)
+    values = decode(operand, dtype)
+    if not operand.format.is_integer:
+        return values
+    # XLA:GPU takes a convolution of converted int8 for one of int8, which is wrong in groups
+    # (`_conv_gpu.py`), and `jax.vmap` makes groups.
+    kept = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(values, cuda=kept, default=lambda same: same)

@@ -1,5 +1,7 @@
 """Convolutions by XLA's own, of the stored values, with the scales applied afterwards."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from ._conv_gpu import int8_sums, widened_sums
 from ._convolution import Convolution
 from ._implementation import Operand
-from ._multiplicands import multiplicands, zero_point_refusal
+from ._multiplicands import Multiplicands, multiplicands, zero_point_refusal
 from ._qtensor import QTensor
 from ._storage import expand_scale
 from ._xla import dtype_refusal, overflow
@@ -39,8 +42,25 @@ def conv(
     As `dot_general`: two integer QTensors are summed exactly in int32, the rest in float32.
     """
     m = multiplicands(lhs, rhs, precision)
-    sums = window(m.lhs, m.rhs, m.precision, m.sum_dtype)
-    return rescale(sums, lhs, rhs, window).astype(dtype)
+
+    def sums(lhs: Array, rhs: Array) -> Array:
+        return window(lhs, rhs, m.precision, m.sum_dtype).astype(jnp.float32)
+
+    gpu = _gpu_sums(m)
+    if gpu is None:
+        result = sums(m.lhs, m.rhs)
+    else:
+        result = jax.lax.platform_dependent(
+            m.lhs, m.rhs, cuda=partial(gpu, window=window), default=sums
+        )
+    return rescale(result, lhs, rhs, window).astype(dtype)
+
+
+def _gpu_sums(m: Multiplicands) -> Callable[..., Array] | None:
+    """What sums them up on an NVIDIA GPU, if that is not XLA's convolution as it is."""
+    if m.lhs.dtype == jnp.int8 and m.rhs.dtype == jnp.int8:
+        return int8_sums
+    return widened_sums if m.lhs.dtype.itemsize == 1 else None
 
 
 def rescale(

@@ -22,10 +22,22 @@ def cast(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*shape"]:
     XLA:CPU converts to float8 three to five times slower than this adds integers.
     """
     if format.name not in _SIGNED_ZERO:
-        return x.astype(format.dtype)
+        return _kept(x.astype(format.dtype))
     return jax.lax.platform_dependent(
-        x, cpu=partial(_to_float8, format=format), default=lambda y: y.astype(format.dtype)
+        x,
+        cpu=partial(_to_float8, format=format),
+        default=lambda y: _kept(y.astype(format.dtype)),
     )
+
+
+def _kept(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """An array that is rounded to its dtype wherever it is used.
+
+    XLA takes a conversion to float8 and back for excess precision, and leaves both out
+    (`xla_allow_excess_precision`): what is quantized and dequantized in one program would be the
+    array as it was.
+    """
+    return jax.lax.optimization_barrier(x)
 
 
 def _to_float8(x: Float[Array, "*shape"], format: Format) -> Shaped[Array, "*shape"]:

@@ -3,6 +3,7 @@
 `[b, m, k]` by `[b, n, k]`: one axis of each kind, the contracted one last in memory on both sides,
 which is the only order in which Hopper multiplies float8. A weight that is stored [N, K]
 (`contiguous(w, axis=0)`) is read as it lies; another is transposed on the way, in 8 bits.
+Zeros make the terms a multiple of 32 (`_tensor_cores.py` says why).
 
 The dot takes the raw values, and the scales come after it: cuBLASLt knows no scale but a scalar,
 and XLA quietly multiplies in 16 bits where it is given another.
@@ -20,6 +21,7 @@ from jaxtyping import Array, Shaped
 from ._contraction import Contraction
 from ._groups import is_grouped
 from ._qtensor import QTensor, describe
+from ._tensor_cores import zeros_after
 from ._xla import integer_dot, overflow, scaled_dot
 
 
@@ -77,6 +79,7 @@ def _matrix_dot(
     c = contraction
     left = _stack(lhs, c.lhs_batch, c.lhs_free, c.lhs_contract)
     right = _stack(rhs, c.rhs_batch, c.rhs_free, c.rhs_contract)
+    left, right = zeros_after(left, 2), zeros_after(right, 2)
     out = jax.lax.dot_general(
         left, right, (((2,), (2,)), ((0,), (0,))), precision, preferred_element_type=dtype
     )

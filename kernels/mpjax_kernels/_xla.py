@@ -1,18 +1,21 @@
 """Products by XLA's own dot of the stored values, with the scales applied afterwards."""
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from . import _tpu_rows
 from ._contraction import Contraction
 from ._groups import grouped_dot, has_scale_per_term, is_grouped
 from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale, spread
+from ._tensor_cores import FEW_ROWS, needs_zeros, unpacked, with_zeros
 
 # The dtypes of an array that can be multiplied by the values of a QTensor: each holds all of them.
 ARRAY_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -119,7 +122,7 @@ def integer_dot(
     By `dot` of the values as they are stored and, where there is a zero point `z`, the sums of
     the other operand's values: `x @ (w - z) = x @ w - sum(x) * z`.
     """
-    left, right = lhs.values.astype(jnp.int8), rhs.values.astype(jnp.int8)
+    left, right = _int8(lhs), _int8(rhs)
     result = dot(left, right, contraction)
     left_sum = partial(_sum, left, contraction.lhs_contract, lhs_in_output, contraction)
     right_sum = partial(_sum, right, contraction.rhs_contract, rhs_in_output, contraction)
@@ -154,7 +157,7 @@ def _dot(
     if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
         return _array_dot(lhs, rhs, contraction, precision)
     if lhs.format.is_integer and rhs.format.is_integer:
-        return integer_dot(lhs, rhs, contraction, _int8_dot)
+        return integer_dot(lhs, rhs, contraction, partial(_eight_bit_dot, dtype=jnp.int32))
     return _float_dot(lhs, rhs, contraction, precision)
 
 
@@ -167,12 +170,35 @@ def _array_dot(
     """Weight-only: the values become the array's dtype, without their scale and so exactly."""
     array = rhs if isinstance(lhs, QTensor) else lhs
     dtype = jnp.dtype(jnp.float32) if array.dtype == jnp.float64 else array.dtype
+    as_packed = dtype == jnp.bfloat16 and _array_rows(lhs, contraction) <= FEW_ROWS
     left, right = (
-        decode(o, dtype) if isinstance(o, QTensor) else o.astype(dtype) for o in (lhs, rhs)
+        decode(o if as_packed else _unpacked(o), dtype)
+        if isinstance(o, QTensor)
+        else o.astype(dtype)
+        for o in (lhs, rhs)
     )
     return _tpu_rows.dot_general(
         left, right, contraction, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _array_rows(lhs: Array | QTensor, c: Contraction) -> int:
+    """How many rows the array beside a QTensor has, in every batch."""
+    shape, free = (c.lhs_shape, c.lhs_free)
+    if isinstance(lhs, QTensor):
+        shape, free = (c.rhs_shape, c.rhs_free)
+    return math.prod(shape[a] for a in free)
+
+
+def _unpacked(q: QTensor) -> QTensor:
+    """int4 on its way to a dot of another dtype; see `_tensor_cores.py`."""
+    return replace(q, values=_int8(q)) if q.format.bits == 4 else q
+
+
+def _int8(q: QTensor) -> Int8[Array, "*shape"]:
+    if q.values.dtype == jnp.int8:
+        return q.values
+    return jax.lax.platform_dependent(q.values, cuda=unpacked, default=lambda v: v.astype(jnp.int8))
 
 
 def _float_dot(
@@ -182,15 +208,30 @@ def _float_dot(
     names = lhs.format.name, rhs.format.name
     mixed = lhs.format.is_integer or rhs.format.is_integer
     if mixed or names[0].endswith("fnuz") != names[1].endswith("fnuz"):
-        left, right = decode(lhs, jnp.bfloat16), decode(rhs, jnp.bfloat16)
-    else:
-        left, right = lhs.values, rhs.values
-        # At the default precision XLA:GPU may accumulate float8 in less than float32.
-        precision = jax.lax.Precision.HIGHEST if precision is None else precision
-    return _tpu_rows.dot_general(
-        left, right, contraction, precision=precision, preferred_element_type=jnp.float32
-    )
+        left, right = (decode(_unpacked(each), jnp.bfloat16) for each in (lhs, rhs))
+        return _tpu_rows.dot_general(
+            left, right, contraction, precision=precision, preferred_element_type=jnp.float32
+        )
+    # At the default precision XLA:GPU may accumulate float8 in less than float32.
+    precision = jax.lax.Precision.HIGHEST if precision is None else precision
+    return _eight_bit_dot(lhs.values, rhs.values, contraction, jnp.float32, precision)
 
 
-def _int8_dot(lhs: Array, rhs: Array, contraction: Contraction) -> Int32[Array, "*out"]:
-    return _tpu_rows.dot_general(lhs, rhs, contraction, preferred_element_type=jnp.int32)
+def _eight_bit_dot(
+    lhs: Array,
+    rhs: Array,
+    contraction: Contraction,
+    dtype: Any,
+    precision: jax.lax.PrecisionLike = None,
+) -> Shaped[Array, "*out"]:
+    def dot(lhs: Array, rhs: Array) -> Array:
+        return _tpu_rows.dot_general(
+            lhs, rhs, contraction, precision=precision, preferred_element_type=dtype
+        )
+
+    def dot_with_zeros(lhs: Array, rhs: Array) -> Array:
+        return dot(*with_zeros(lhs, rhs, contraction))
+
+    if not needs_zeros(contraction):
+        return dot(lhs, rhs)
+    return jax.lax.platform_dependent(lhs, rhs, cuda=dot_with_zeros, default=dot)
