@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from . import _tpu_rows
@@ -170,7 +171,7 @@ def _array_dot(
     """Weight-only: the values become the array's dtype, without their scale and so exactly."""
     array = rhs if isinstance(lhs, QTensor) else lhs
     dtype = jnp.dtype(jnp.float32) if array.dtype == jnp.float64 else array.dtype
-    as_packed = dtype == jnp.bfloat16 and _array_rows(lhs, contraction) <= FEW_ROWS
+    as_packed = dtype == jnp.bfloat16 and _has_few_rows(lhs, contraction)
     left, right = (
         decode(o if as_packed else _unpacked(o), dtype)
         if isinstance(o, QTensor)
@@ -182,12 +183,13 @@ def _array_dot(
     )
 
 
-def _array_rows(lhs: Array | QTensor, c: Contraction) -> int:
-    """How many rows the array beside a QTensor has, in every batch."""
+def _has_few_rows(lhs: Array | QTensor, c: Contraction) -> bool:
+    """Whether the array beside a QTensor is known to have few rows, in every batch."""
     shape, free = (c.lhs_shape, c.lhs_free)
     if isinstance(lhs, QTensor):
         shape, free = (c.rhs_shape, c.rhs_free)
-    return math.prod(shape[a] for a in free)
+    rows = math.prod(shape[a] for a in free)
+    return not is_symbolic_dim(rows) and rows <= FEW_ROWS
 
 
 def _unpacked(q: QTensor) -> QTensor:
