@@ -8,8 +8,8 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-# libtpu reads its flags when the first test of the TPU compiler loads it: where Mosaic, which compiles
-# Pallas kernels, is to write its programs. There is no TPU host that it could ask.
+# libtpu reads its flags once, when the first test of the TPU compiler loads it: where Mosaic, which
+# compiles Pallas kernels, is to write its programs. There is no TPU host that it could ask.
 _MOSAIC = tempfile.TemporaryDirectory(prefix="mpjax-mosaic-")
 _DUMP = f"--xla_mosaic_dump_to={_MOSAIC.name}"
 os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP}".strip()
