@@ -4,7 +4,6 @@ Two kinds of evidence: the optimized program of XLA, and for the Pallas kernels,
 opaque instruction there, the data formats of the matrix unit in the code that Mosaic generates.
 """
 
-import os
 import re
 from functools import partial
 
@@ -29,18 +28,13 @@ ROWS, TERMS, COLUMNS = 256, 2048, 1024
 
 
 @pytest.fixture(scope="module")
-def mosaic(tmp_path_factory):
-    """The folder that Mosaic writes its programs to. libtpu reads its flags once."""
-    folder = tmp_path_factory.mktemp("mosaic")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
-        flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_mosaic_dump_to={folder}"
-        environment.setenv("LIBTPU_INIT_ARGS", flags.strip())
-        try:
-            _device("v6e")
-        except Exception as error:
-            pytest.fail(f"no TPU compiler: pip install 'jax[tpu]', or `make test-tpu`. {error}")
-        yield folder
+def mosaic(mosaic_folder):
+    """The folder that Mosaic writes its programs to, where there is a TPU compiler."""
+    try:
+        _device("v6e")
+    except Exception as error:
+        pytest.fail(f"no TPU compiler: pip install 'jax[tpu]', or `make test-tpu`. {error}")
+    return mosaic_folder
 
 
 def _device(chip):
