@@ -1,6 +1,7 @@
 """`mpjax explain module:function`: a table of what a compiler makes of a user's program."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -23,11 +24,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--min-flops",
-        type=float,
+        type=_part,
         metavar="PART",
         help="exit with 1 unless this part of the operations, such as 0.95, is in 8 bits",
     )
     parser.set_defaults(run=run)
+
+
+def _part(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1, a part of the whole")
 
 
 def run(options: argparse.Namespace) -> int:

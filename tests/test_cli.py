@@ -185,6 +185,13 @@ def test_explain_prints_what_the_compiler_made(program, capsys):
     assert "0.0% of the operations are in 8 bits, less than 90.0%" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["3", "-0.1", "nan", "most"])
+def test_explain_says_what_is_wrong_with_a_part(program, capsys, part):
+    with pytest.raises(SystemExit, match="2"):
+        main(["explain", f"{program}:int8", f"--min-flops={part}"])
+    assert f"{part!r} is no number from 0 to 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
