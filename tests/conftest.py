@@ -52,3 +52,10 @@ def restore_the_global_policy():
     before = mp.dtype_policy()
     yield
     mp.set_dtype_policy(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """What a file compiled is let go after it: all of them together take 5 GB."""
+    yield
+    jax.clear_caches()
