@@ -45,8 +45,9 @@ struct WeightKernels {
   void (*multiply)(const uint32_t* left, int64_t stride, int64_t rows, const uint16_t* panels,
                    int64_t steps, bool add, float* sums);
 
-  // How many lanes `multiply_direct` takes of a weight beside so many rows; 0: it does not.
-  int (*direct_lanes)(const Weight& weight, int64_t rows);
+  // How many lanes `multiply_direct` takes of a weight, beside so many rows and in runs of so many
+  // terms; 0: it does not.
+  int (*direct_lanes)(const Weight& weight, int64_t rows, int64_t terms);
 
   // sums[(lane / kWidth * rows + row) * kWidth + lane % kWidth] = the products of a run of so many
   // lanes, and any number of terms, decoded in registers. Rows are in float32. May be null.

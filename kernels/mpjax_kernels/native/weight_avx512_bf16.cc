@@ -18,7 +18,7 @@ struct AddPairs {
   }
 };
 
-int NoDirectLanes(const Weight&, int64_t) { return 0; }
+int NoDirectLanes(const Weight&, int64_t, int64_t) { return 0; }
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #if defined(__AVX512VNNI__)
 
 #include "weight_avx512.h"
+#include "weight_terms_avx512.h"
 
 namespace mpjax {
 namespace {
@@ -104,8 +105,11 @@ void MultiplyInt4(const uint8_t* data, int64_t stride, const Run& run, const flo
   }
 }
 
-int DirectLanes(const Weight& weight, int64_t rows) {
-  if (weight.terms_last) return 0;
+int DirectLanes(const Weight& weight, int64_t rows, int64_t terms) {
+  if (weight.terms_last) {
+    const bool in_bytes = !weight.is_int4 || terms % 2 == 0;
+    return rows <= kDirectRows && terms >= 16 && in_bytes ? kWidth : 0;
+  }
   if (weight.is_int4) return rows == 1 ? 256 : rows == 2 ? 128 : 0;
   return rows == 1 ? 256 : rows == 2 ? 128 : rows <= kDirectRows ? 64 : 0;
 }
@@ -113,6 +117,11 @@ int DirectLanes(const Weight& weight, int64_t rows) {
 template <bool Zeros>
 void MultiplyDirectly(const Weight& weight, const Run& run, const float* left, int64_t stride,
                       int64_t rows, float* sums) {
+  if (weight.terms_last) {
+    const auto multiply =
+        weight.is_int4 ? MultiplyTerms<Int4Terms, Zeros> : MultiplyTerms<Int8Terms, Zeros>;
+    return multiply(weight, run, left, stride, rows, sums);
+  }
   const int64_t first = run.term * weight.stride + run.lane;
   if (weight.is_int4) {
     const auto multiply = rows == 1 ? MultiplyInt4<1, Zeros> : MultiplyInt4<2, Zeros>;

@@ -25,7 +25,7 @@ constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches n
 WeightTiles::WeightTiles(const WeightKernels& in_float32, const WeightKernels& best,
                          const WeightProduct& p)
     : p_(p),
-      direct_(in_float32.direct_lanes(p.weight, p.rows)),
+      direct_(in_float32.direct_lanes(p.weight, p.rows, group())),
       kernels_(direct_ > 0 || !p.left_is_bfloat16 ? in_float32 : best),
       strip_(std::max<int64_t>(direct_, kWidth)),
       group_steps_(DivideUp(group(), kTermsPerPack) * kTermsPerPack / kernels_.terms_per_step),
