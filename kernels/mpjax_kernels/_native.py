@@ -40,8 +40,8 @@ def refusal(
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(operand, QTensor) or operand.format.name not in _CALLS:
             return (
-                f"`{name}` is {describe(operand)}: both must be QTensors of {FLOAT8 + INT8}, or one "
-                "an array"
+                f"`{name}` is {describe(operand)}: both must be QTensors of {FLOAT8 + INT8}, or "
+                "one of them an array"
             )
     assert isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
     if _CALLS[lhs.format.name] != _CALLS[rhs.format.name]:

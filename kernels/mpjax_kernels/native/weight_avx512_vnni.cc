@@ -22,7 +22,9 @@ struct AddFloats {
   }
 };
 
-constexpr int kAhead = 8;  // terms: the hardware stops at the end of a page
+// How many terms ahead the weight is fetched: the hardware stops at the end of a page, and the next
+// term may be on another. Those of int8, of many a size, would push each other out of the first cache.
+constexpr int kInt8Ahead = 24, kInt4Ahead = 8;
 
 // `Rows` rows by `Vectors` times 16 lanes of int8.
 template <int Rows, int Vectors, bool Zeros>
@@ -31,8 +33,8 @@ void MultiplyInt8(const uint8_t* data, int64_t stride, const Run& run, const flo
   __m512 total[Rows][Vectors] = {};
   for (int term = 0; term < run.terms; ++term) {
     const uint8_t* at = data + term * stride;
-    const char* ahead = reinterpret_cast<const char*>(at + kAhead * stride);
-    for (int line = 0; line < Vectors / 4; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+    const char* ahead = reinterpret_cast<const char*>(at + kInt8Ahead * stride);
+    for (int line = 0; line < Vectors / 4; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T1);
     __m512 x[Rows];
 #pragma GCC unroll 4
     for (int row = 0; row < Rows; ++row) x[row] = _mm512_set1_ps(left[row * left_stride + term]);
@@ -69,7 +71,7 @@ void MultiplyInt4(const uint8_t* data, int64_t stride, const Run& run, const flo
   __m512 total[16] = {};
   for (int term = 0; term < run.terms; ++term) {
     const uint8_t* at = data + term * stride;
-    const char* ahead = reinterpret_cast<const char*>(at + kAhead * stride);
+    const char* ahead = reinterpret_cast<const char*>(at + kInt4Ahead * stride);
     __m512 x[Rows];
 #pragma GCC unroll 2
     for (int row = 0; row < Rows; ++row) x[row] = _mm512_set1_ps(left[row * left_stride + term]);
