@@ -206,7 +206,7 @@ def test_an_array_has_a_derivative():
 def test_refusals_say_why():
     x, w = normal(4, 32), normal(32, 4)
     with pytest.raises(
-        NotImplementedError, match="float16.* by QTensor.int8.*: an array must be one of"
+        NotImplementedError, match="float16.* by QTensor.*: an array must be one of"
     ):
         product(x.astype(jnp.float16), mk.quantize(w), MATRIX)
     with pytest.raises(NotImplementedError, match="float8_e4m3fn.*: an array must be one of"):

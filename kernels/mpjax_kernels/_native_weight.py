@@ -1,7 +1,7 @@
 """Products of an array by a weight of int8 or int4 by native CPU kernels: `native/weight_dot.cc`.
 
-One call multiplies a float32 or bfloat16 array by a weight in either storage order, decoded where it
-is multiplied, sums in float32, applies the scales, in groups along the contracted axis or not, and
+One call multiplies a float32 or bfloat16 array by a weight in either storage order, decoded where
+it is multiplied, sums in float32, applies the scales, in groups of neighbouring terms or not, and
 casts. What a bfloat16 array is multiplied by is exact in bfloat16, zero points taken off or not.
 """
 
