@@ -46,12 +46,12 @@ struct WeightKernels {
                    int64_t steps, bool add, float* sums);
 
   // How many lanes `multiply_direct` takes of a weight, beside so many rows and in runs of so many
-  // terms; 0: it does not.
-  int (*direct_lanes)(const Weight& weight, int64_t rows, int64_t terms);
+  // terms, with zero points or not; 0: it does not.
+  int (*direct_lanes)(const Weight& weight, int64_t rows, int64_t terms, bool has_zeros);
 
   // sums[(lane / kWidth * rows + row) * kWidth + lane % kWidth] = the products of a run of so many
-  // lanes, and any number of terms, decoded in registers. Rows are in float32. May be null.
-  void (*multiply_direct)(const Weight& weight, const Run& run, const float* left, int64_t stride,
+  // lanes, and any number of terms, decoded in registers.
+  void (*multiply_direct)(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
                           int64_t rows, float* sums);
 
   // total = or, if `add`, += the sums of kWidth lanes times their scales.

@@ -162,6 +162,25 @@ void MultiplyWeight(const uint32_t* left, int64_t stride, int64_t rows, const ui
   }
 }
 
+// Stores sums of one row by 256 lanes, or of two by 128: each register has every eighth of 128.
+template <int Rows>
+void StoreEighths(const __m512 (&total)[16], float* sums) {
+  __m512i lanes[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) lanes[i] = _mm512_castps_si512(total[i]);
+  Transpose(lanes);  // now eight neighbours of the first eight registers, and of the others
+#pragma GCC unroll 16
+  for (int eight = 0; eight < 16; ++eight) {
+    for (int half = 0; half < 2; ++half) {
+      const int lane = 8 * eight + (Rows == 1 ? 128 * half : 0), row = Rows == 1 ? 0 : half;
+      float* to = sums + (lane / kWidth * Rows + row) * kWidth + lane % kWidth;
+      const __m512d pair = _mm512_castsi512_pd(lanes[eight]);
+      const __m256d of = half == 0 ? _mm512_castpd512_pd256(pair) : _mm512_extractf64x4_pd(pair, 1);
+      _mm256_storeu_pd(reinterpret_cast<double*>(to), of);
+    }
+  }
+}
+
 inline void WriteFloats(const Sum* sums, int64_t rows, int64_t columns, const Target& target) {
   WriteTile(sums, rows, columns, target,
             [](int64_t, const Sum* at) { return _mm512_loadu_ps(at); });

@@ -91,23 +91,10 @@ void MultiplyInt4(const uint8_t* data, int64_t stride, const Run& run, const flo
       }
     }
   }
-  __m512i lanes[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) lanes[i] = _mm512_castps_si512(total[i]);
-  Transpose(lanes);  // now eight neighbours of the first eight registers, and of the others
-#pragma GCC unroll 16
-  for (int eight = 0; eight < 16; ++eight) {
-    for (int half = 0; half < 2; ++half) {
-      const int lane = 8 * eight + (Rows == 1 ? 128 * half : 0), row = Rows == 1 ? 0 : half;
-      float* to = sums + (lane / kWidth * Rows + row) * kWidth + lane % kWidth;
-      const __m512d pair = _mm512_castsi512_pd(lanes[eight]);
-      const __m256d of = half == 0 ? _mm512_castpd512_pd256(pair) : _mm512_extractf64x4_pd(pair, 1);
-      _mm256_storeu_pd(reinterpret_cast<double*>(to), of);
-    }
-  }
+  StoreEighths<Rows>(total, sums);
 }
 
-int DirectLanes(const Weight& weight, int64_t rows, int64_t terms) {
+int DirectLanes(const Weight& weight, int64_t rows, int64_t terms, bool) {
   if (weight.terms_last) {
     const bool in_bytes = !weight.is_int4 || terms % 2 == 0;
     return rows <= kDirectRows && terms >= 16 && in_bytes ? kWidth : 0;
@@ -136,10 +123,10 @@ void MultiplyDirectly(const Weight& weight, const Run& run, const float* left, i
   multiply(weight.data + first, weight.stride, run, left, stride, sums);
 }
 
-void MultiplyDirect(const Weight& weight, const Run& run, const float* left, int64_t stride,
+void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
                     int64_t rows, float* sums) {
   const auto multiply = run.zeros == nullptr ? MultiplyDirectly<false> : MultiplyDirectly<true>;
-  multiply(weight, run, left, stride, rows, sums);
+  multiply(weight, run, reinterpret_cast<const float*>(left), stride, rows, sums);
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ void Multiply(const uint32_t* left, int64_t stride, int64_t rows, const uint16_t
   }
 }
 
-int NoDirectLanes(const Weight&, int64_t, int64_t) { return 0; }
+int NoDirectLanes(const Weight&, int64_t, int64_t, bool) { return 0; }
 
 void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target) {
   WriteTile(sums, rows, columns, target, [](const Sum& sum) { return sum.real; });

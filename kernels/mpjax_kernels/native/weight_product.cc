@@ -18,6 +18,17 @@ float FromBfloat16(uint16_t number) {
   return value;
 }
 
+int DirectLanes(const WeightKernels& kernels, const WeightProduct& p) {
+  return kernels.direct_lanes(p.weight, p.rows, p.terms / p.groups, p.zero != nullptr);
+}
+
+// Those for the array's dtype, unless only those in float32 multiply so few rows directly.
+const WeightKernels& Choose(const WeightKernels& in_float32, const WeightKernels& best,
+                            const WeightProduct& p) {
+  if (!p.left_is_bfloat16) return in_float32;
+  return DirectLanes(best, p) == 0 && DirectLanes(in_float32, p) > 0 ? in_float32 : best;
+}
+
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
 }  // namespace
@@ -25,8 +36,8 @@ constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches n
 WeightTiles::WeightTiles(const WeightKernels& in_float32, const WeightKernels& best,
                          const WeightProduct& p)
     : p_(p),
-      direct_(in_float32.direct_lanes(p.weight, p.rows, group())),
-      kernels_(direct_ > 0 || !p.left_is_bfloat16 ? in_float32 : best),
+      kernels_(Choose(in_float32, best, p)),
+      direct_(DirectLanes(kernels_, p)),
       strip_(std::max<int64_t>(direct_, kWidth)),
       group_steps_(DivideUp(group(), kTermsPerPack) * kTermsPerPack / kernels_.terms_per_step),
       left_stride_(p.groups * group_steps_ + 16),  // no multiple of a page's size
@@ -94,8 +105,7 @@ void WeightTiles::ComputeDirectly(int64_t lane) const {
   for (int64_t g = 0; g < p_.groups; ++g) {
     const Run run = {lane, static_cast<int>(direct_), g * group(), static_cast<int>(group()),
                      Zeros(g, lane, direct_, zeros)};
-    const float* left = reinterpret_cast<const float*>(LeftAt(0, g, 0));
-    kernels_.multiply_direct(p_.weight, run, left, left_stride_, p_.rows, sums);
+    kernels_.multiply_direct(p_.weight, run, LeftAt(0, g, 0), left_stride_, p_.rows, sums);
     for (int64_t tile = 0; p_.groups > 1 && tile < tiles; ++tile) {
       const float* scales = p_.scale + g * p_.lanes + lane + tile * kWidth;
       kernels_.scale(sums + tile * numbers, p_.rows, scales, g > 0, total + tile * numbers);

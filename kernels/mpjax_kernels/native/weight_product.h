@@ -31,7 +31,8 @@ struct WeightProduct {
 // One product: its rows are converted first, and then its tiles are computed, in any order.
 class WeightTiles {
  public:
-  // Takes the first of the kernels if they multiply so few rows directly, else the second.
+  // Takes the first of the kernels for a float32 array, the second for one of bfloat16, unless only
+  // the first multiply so few rows directly.
   WeightTiles(const WeightKernels& in_float32, const WeightKernels& best, const WeightProduct& p);
 
   bool in_memory() const { return left_.data() != nullptr; }
@@ -52,8 +53,8 @@ class WeightTiles {
   const uint32_t* LeftAt(int64_t row, int64_t group, int64_t term) const;
 
   const WeightProduct p_;
-  const int64_t direct_;  // lanes that are multiplied directly; 0: none
   const WeightKernels& kernels_;
+  const int64_t direct_;       // lanes that are multiplied directly; 0: none
   const int64_t strip_;        // lanes of a tile
   const int64_t group_steps_;  // steps of a group of a converted row
   const int64_t left_stride_;  // steps from a converted row to the next
