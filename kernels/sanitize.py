@@ -1,8 +1,8 @@
 """Runs the tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-The library is built with both into a copy of the package, of which only the tests of this run know.
-What the sanitizers find stops a test, and with it the run. JAX itself is not instrumented: reads and
-writes beyond a buffer are seen where XLA allocated that by itself, as it does arguments and results.
+The library is built with both into a copy of the package, of which only the tests of this run
+know. What the sanitizers find stops the run. JAX itself is not instrumented: reads and writes
+beyond a buffer are seen where that was allocated by itself.
 
     python kernels/sanitize.py [arguments of pytest]
 """
