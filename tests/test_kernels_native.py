@@ -190,7 +190,7 @@ def test_refusals_say_why():
     r = mk.quantize(x, "float8_e4m3fn")
     with pytest.raises(NotImplementedError, match="a scale varies along a contracting axis"):
         product(q, r, MATRIX)
-    with pytest.raises(NotImplementedError, match="float32.* by .*float8.*: an array must be one of"):
+    with pytest.raises(NotImplementedError, match="float32.* by .*float8.*: an array must be"):
         product(normal(4, 8), r, MATRIX)
 
 
