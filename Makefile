@@ -6,14 +6,14 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu lint bench \
-  bench-tpu
+.PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu \
+  test-sanitized lint bench bench-tpu
 
 .NOTPARALLEL:  # two targets would make .venv at once
 
 help:
 	@echo "make demo | demo-nnx | train-float8 | generate | sentence-encoder | test | test-all |" \
-	  "test-tpu | test-gpu | lint | bench | bench-tpu  [PYTHON=...] [ARGS=...]"
+	  "test-tpu | test-gpu | test-sanitized | lint | bench | bench-tpu  [PYTHON=...] [ARGS=...]"
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/byte_lm.py $(ARGS)
@@ -38,6 +38,11 @@ test: .venv/dev.stamp
 
 test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
+
+# The native kernels under AddressSanitizer and UBSan. The build hook imports hatchling.
+test-sanitized: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet hatchling
+	JAX_PLATFORMS=cpu $(BIN)/python kernels/sanitize.py $(ARGS)
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
 test-tpu: .venv/dev,tpu.stamp

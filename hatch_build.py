@@ -86,8 +86,10 @@ class NativeKernels(BuildHookInterface):
         build_data["force_include"][str(note)] = f"{PACKAGE.name}/{NOTE}"
 
 
-def build(compiler: str, sources: Path, folder: Path) -> None:
+def build(compiler: str, sources: Path, folder: Path, extra: tuple[str, ...] = ()) -> None:
     """Compiles all `*.cc` of a folder, in parallel, and links the library into another.
+
+    `extra` options are for both.
 
     Raises:
         OSError, subprocess.CalledProcessError: If the compiler cannot be run, or fails.
@@ -102,7 +104,7 @@ def build(compiler: str, sources: Path, folder: Path) -> None:
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
         special = [flag for name in known if source.stem.endswith(name) for flag in known[name]]
-        options = (*FLAGS, *defined, *special, "-isystem", str(include))
+        options = (*FLAGS, *defined, *special, *extra, "-isystem", str(include))
         _run(compiler, *options, "-c", str(source), "-o", target)
         return target
 
@@ -111,7 +113,7 @@ def build(compiler: str, sources: Path, folder: Path) -> None:
     # On Linux the standard library is part of it, so that it runs where that is older.
     link = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
     link = link if sys.platform == "linux" else ()
-    _run(compiler, "-shared", *objects, *link, "-o", str(folder / LIBRARY))
+    _run(compiler, "-shared", *objects, *link, *extra, "-o", str(folder / LIBRARY))
 
 
 def _compiler() -> str | None:

@@ -30,6 +30,7 @@ _NATIVE_KINDS = {
     "int8_dot": "products of weights, int8",
     "float8_dot": "products of weights, float8",
     "quantize": "quantizing activations",
+    "weight_dot": "products of weights, decoded",
 }
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 # In the names that `_inference_models.py` and Flax' attention give to their layers.

@@ -1,5 +1,8 @@
 """What the tests of the native kernels share: operands whose products are exact."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,3 +63,15 @@ class Case:
         lhs = lhs if left else lhs.swapaxes(1, 2)
         rhs = rhs.swapaxes(1, 2) if right else rhs
         return lhs, rhs, (axes, ((0,), (0,)))
+
+
+def elsewhere(program: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a program in another process, whose kernels are chosen by the environment."""
+    path = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

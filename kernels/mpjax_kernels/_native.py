@@ -1,5 +1,7 @@
 """Products of two 8-bit tensors by native CPU kernels: `native/dot.cc`, called through XLA's FFI.
 
+Those of an array by a tensor of integers are in `_native_weight.py`.
+
 One call multiplies two tensors of float8, or two of int8, whichever of their axes is stored last,
 applies the scales in float32 and casts. float8 is decoded in registers, multiplied in bfloat16,
 which holds it exactly, and summed in float32; int8 is summed exactly, in int32.
@@ -15,6 +17,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Shaped
 
+from . import _native_weight
 from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
@@ -31,9 +34,15 @@ def refusal(
     lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, *_: Any
 ) -> str | None:
     """Why the native kernels do not multiply these; None if they do."""
+    surroundings = surroundings_refusal(*contraction.lhs_shape, *contraction.rhs_shape)
+    if isinstance(lhs, QTensor) != isinstance(rhs, QTensor):
+        return _native_weight.refusal(lhs, rhs, contraction) or surroundings
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(operand, QTensor) or operand.format.name not in _CALLS:
-            return f"`{name}` is {describe(operand)}: both must be QTensors of {FLOAT8 + INT8}"
+            return (
+                f"`{name}` is {describe(operand)}: both must be QTensors of {FLOAT8 + INT8}, or "
+                "one of them an array"
+            )
     assert isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
     if _CALLS[lhs.format.name] != _CALLS[rhs.format.name]:
         return f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: of float8 and of int8"
@@ -43,7 +52,7 @@ def refusal(
     return (
         zero_point_refusal(lhs, rhs)
         or native_refusal(lhs.format.name)
-        or surroundings_refusal(*c.lhs_shape, *c.rhs_shape)
+        or surroundings
         or overflow(lhs, rhs, c.terms)
     )
 
@@ -60,8 +69,8 @@ def surroundings_refusal(*sizes: Any) -> str | None:
 
 
 def dot_general(
-    lhs: QTensor,
-    rhs: QTensor,
+    lhs: Array | QTensor,
+    rhs: Array | QTensor,
     contraction: Contraction,
     precision: jax.lax.PrecisionLike,
     dtype: np.dtype,
@@ -71,6 +80,8 @@ def dot_general(
     Products are exact whatever `precision` says.
     """
     del precision
+    if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
+        return _native_weight.dot_general(lhs, rhs, contraction, dtype)
     left, right, _ = matrices(lhs, rhs, contraction, swapped=False)
     out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)

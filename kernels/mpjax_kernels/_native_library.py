@@ -15,13 +15,14 @@ from pathlib import Path
 import jax
 
 _PATH = Path(__file__).parent / "libmpjax_native.so"
-_TARGETS = ("mpjax_float8_dot", "mpjax_int8_dot", "mpjax_quantize")
+_TARGETS = ("mpjax_float8_dot", "mpjax_int8_dot", "mpjax_quantize", "mpjax_weight_dot")
 
 # The formats that kernels of an instruction set multiply faster than XLA, which is what counts
 # where the environment does not ask for it.
-FLOAT8, INT8 = ("float8_e4m3fn", "float8_e5m2"), ("int8",)
-_FASTER = {"avx512_bf16": FLOAT8 + INT8, "avx512_vnni": INT8, "portable": ()}
-_NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI") | {"int8": "AVX512-VNNI"}
+FLOAT8, INT8, INT4 = ("float8_e4m3fn", "float8_e5m2"), ("int8",), ("int4",)
+_FASTER = {"avx512_bf16": FLOAT8 + INT8 + INT4, "avx512_vnni": INT8 + INT4, "portable": ()}
+_NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI")
+_NEEDS |= dict.fromkeys(INT8 + INT4, "AVX512-VNNI")
 
 
 @cache

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <string>
 
+#include "batch.h"
 #include "isa.h"
 #include "parallel.h"
 #include "product.h"
@@ -40,8 +41,6 @@ class PlainLoop : public Loop {
     for (int64_t i = 0; i < count; ++i) body(data, i);
   }
 };
-
-using Dimensions = ffi::AnyBuffer::Dimensions;
 
 // What a call multiplies.
 struct Family {
@@ -74,25 +73,6 @@ constexpr Family kInt8 = {"mpjax_int8_dot", "int8", IsInt8, Int8Kernels};
 // Less work is done before another thread is awake: in multiplications, of which a byte that comes
 // from memory takes the time of so many.
 constexpr double kWorthAThread = 4e6, kMultiplicationsPerByte = 8;
-
-// Whether the first `count` sizes are those of the result or 1.
-bool Broadcasts(const Dimensions& sizes, const Dimensions& out, size_t count) {
-  for (size_t axis = 0; axis < count; ++axis) {
-    if (sizes[axis] != out[axis] && sizes[axis] != 1) return false;
-  }
-  return true;
-}
-
-// Which matrix of an operand, whose first `count` axes are a batch, is that of the result's b-th.
-int64_t BatchIndex(const Dimensions& sizes, const Dimensions& out, size_t count, int64_t b) {
-  int64_t index = 0, stride = 1;
-  for (size_t axis = count; axis-- > 0;) {
-    if (sizes[axis] != 1) index += b % out[axis] * stride;
-    stride *= sizes[axis];
-    b /= out[axis];
-  }
-  return index;
-}
 
 // An operand as the call gives it.
 struct Operand {

@@ -1,0 +1,84 @@
+"""Products of an array by a weight of int8 or int4 by native CPU kernels: `native/weight_dot.cc`.
+
+One call multiplies a float32 or bfloat16 array by a weight in either storage order, decoded where
+it is multiplied, sums in float32, applies the scales, in groups of neighbouring terms or not, and
+casts. What a bfloat16 array is multiplied by is exact in bfloat16, zero points taken off or not.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._contraction import Contraction
+from ._cpu_matrices import Matrices, matrices
+from ._groups import has_scale_per_term
+from ._native_library import INT4, INT8, native_refusal
+from ._qtensor import QTensor, describe
+
+_ARRAYS = ("float32", "bfloat16")
+
+
+def refusal(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> str | None:
+    """Why the native kernels do not multiply an array and a QTensor; None if they do."""
+    c = contraction
+    weight, array, contract = (
+        (lhs, rhs, c.lhs_contract) if isinstance(lhs, QTensor) else (rhs, lhs, c.rhs_contract)
+    )
+    assert isinstance(weight, QTensor)
+    if weight.format.name not in INT8 + INT4 or array.dtype.name not in _ARRAYS:
+        return (
+            f"{describe(array)} by {describe(weight)}: an array must be one of {_ARRAYS}, and what "
+            f"it is multiplied by one of {INT8 + INT4}"
+        )
+    if not _groups_are_runs(weight, contract):
+        return "terms that share a scale do not lie next to each other"
+    if has_scale_per_term(lhs, rhs, c):
+        return "a scale changes with every term"
+    return native_refusal(weight.format.name)
+
+
+def _groups_are_runs(weight: QTensor, contract: tuple[int, ...]) -> bool:
+    """Whether groups along all contracting axes are runs of terms, in the order they are stored.
+
+    So they are where an axis that a group spans in part has a scale per entry in the axes before,
+    and one scale in those after: as [heads, features, N] in groups of whole heads.
+    """
+    in_run = False
+    for axis in sorted(contract):
+        if in_run and weight.scale.shape[axis] != 1:
+            return False
+        in_run = in_run or weight.scale.shape[axis] != weight.shape[axis]
+    return True
+
+
+def dot_general(
+    lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction, dtype: np.dtype
+) -> Float[Array, "*out"]:
+    """The product, as `_xla.dot_general` defines it up to the order of float32 sums."""
+    if contraction.terms == 0:
+        return jnp.zeros(contraction.result_shape, dtype)
+    swapped = isinstance(lhs, QTensor)
+    left, weight, _ = matrices(lhs, rhs, contraction, swapped)
+    out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+    result = jax.ShapeDtypeStruct((left.batch, left.free, weight.free), out)
+    call = jax.ffi.ffi_call("mpjax_weight_dot", result, vmap_method="expand_dims")
+    scale, zero_point = (
+        _groups_first(weight, weight.scale),
+        _groups_first(weight, weight.zero_point),
+    )
+    rows = left.values if left.terms_last else jnp.swapaxes(left.values, 1, 2)
+    values = weight.values
+    if values.dtype == jnp.int4 and values.shape[2] % 2:
+        values = values.astype(jnp.int8)  # of which rows begin with a byte
+    scale, zero_point = (_groups_first(weight, of) for of in (weight.scale, weight.zero_point))
+    product = call(rows, values, scale, zero_point, weight_terms_last=weight.terms_last)
+    product = jnp.swapaxes(product, 1, 2) if swapped else product
+    return product.reshape(contraction.result_shape).astype(dtype)
+
+
+def _groups_first(weight: Matrices, of: Array | None) -> Array:
+    """Scales or zero points as [batch, groups, columns], no groups for None."""
+    if of is None:
+        return jnp.zeros((weight.batch, 0, weight.free), jnp.int8)
+    return jnp.swapaxes(of, 1, 2) if weight.terms_last else of

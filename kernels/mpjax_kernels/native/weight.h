@@ -1,0 +1,70 @@
+// The product of an array by a weight of int8 or int4, and what an instruction set brings to it.
+
+#ifndef MPJAX_KERNELS_NATIVE_WEIGHT_H_
+#define MPJAX_KERNELS_NATIVE_WEIGHT_H_
+
+#include <cstdint>
+
+#include "dot.h"
+
+namespace mpjax {
+
+// Terms are decoded for kWidth lanes of the weight (its output channels) at a time, at most so many:
+// panels of kColumns lanes, of what is multiplied in each step in 32 bits: two terms in bfloat16 or
+// one in float32. Rows of the array have the same order, and zeros up to a multiple of kTermsPerPack
+// after the terms of each group.
+inline constexpr int kRunTerms = 256;
+inline constexpr int kDirectRows = 4;     // so many rows at most are multiplied without panels
+inline constexpr int kDirectLanes = 256;  // so many lanes of the weight at most, then
+
+// A matrix of int8, or of int4: two to a byte, the first in its lower half.
+struct Weight {
+  const uint8_t* data;
+  bool is_int4;
+  bool terms_last;  // entry (lane, term) is the (lane * stride + term)-th, else (term * stride + lane)
+  int64_t stride;
+};
+
+// The entries of lanes and terms that share their scales, and zero points (or null) as float32.
+struct Run {
+  int64_t lane;
+  int lanes;
+  int64_t term;
+  int terms;
+  const float* zeros;
+};
+
+struct WeightKernels {
+  int terms_per_step;
+
+  // Decodes a run of kWidth lanes and kRunTerms terms at most. Each panel is followed by the next.
+  void (*pack)(const Weight& weight, const Run& run, uint16_t* panels);
+
+  // sums[row * kWidth + lane] = or, if `add`, += the products of rows, `stride` steps apart, and four
+  // panels of `steps` steps each.
+  void (*multiply)(const uint32_t* left, int64_t stride, int64_t rows, const uint16_t* panels,
+                   int64_t steps, bool add, float* sums);
+
+  // How many lanes `multiply_direct` takes of a weight, beside so many rows and in runs of so many
+  // terms, with zero points or not; 0: it does not.
+  int (*direct_lanes)(const Weight& weight, int64_t rows, int64_t terms, bool has_zeros);
+
+  // sums[(lane / kWidth * rows + row) * kWidth + lane % kWidth] = the products of a run of so many
+  // lanes, and any number of terms, decoded in registers.
+  void (*multiply_direct)(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
+                          int64_t rows, float* sums);
+
+  // total = or, if `add`, += the sums of kWidth lanes times their scales.
+  void (*scale)(const float* sums, int64_t rows, const float* scales, bool add, float* total);
+
+  // Casts and writes a tile.
+  void (*write)(const Sum* sums, int64_t rows, int64_t columns, const Target& target);
+};
+
+extern const WeightKernels kPortableWeight;
+extern const WeightKernels kAvx512Weight;       // float32
+extern const WeightKernels kAvx512WeightPairs;  // bfloat16
+
+}  // namespace mpjax
+
+#endif  // MPJAX_KERNELS_NATIVE_WEIGHT_H_

@@ -1,0 +1,66 @@
+// The product of an array by a weight of int8 or int4 with its scales, tile by tile:
+//
+//   out[i, j] = sum over groups g of (sum over terms t of g of
+//               left[i, t] * (weight[j, t] - zero[g, j])) * scale[g, j]
+
+#ifndef MPJAX_KERNELS_NATIVE_WEIGHT_PRODUCT_H_
+#define MPJAX_KERNELS_NATIVE_WEIGHT_PRODUCT_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "scratch.h"
+#include "weight.h"
+
+namespace mpjax {
+
+struct WeightProduct {
+  const void* left;  // [rows, terms], float32 or bfloat16
+  bool left_is_bfloat16;
+  int64_t rows;
+  int64_t terms;
+  Weight weight;
+  int64_t lanes;
+  int64_t groups;       // of as many terms each
+  const float* scale;   // [groups, lanes]
+  const int8_t* zero;   // [groups, lanes], or null
+  void* out;            // [rows, lanes]
+  bool out_is_bfloat16;  // else float32
+};
+
+// One product: its rows are converted first, and then its tiles are computed, in any order.
+class WeightTiles {
+ public:
+  // Takes the first of the kernels for a float32 array, the second for one of bfloat16, unless only
+  // the first multiply so few rows directly.
+  WeightTiles(const WeightKernels& in_float32, const WeightKernels& best, const WeightProduct& p);
+
+  bool in_memory() const { return left_.data() != nullptr; }
+  int64_t row_count() const { return (p_.rows + kTileRows - 1) / kTileRows; }
+  void ConvertRows(int64_t tile);
+  int64_t tile_count() const { return row_count() * ((p_.lanes + strip_ - 1) / strip_); }
+  void Compute(int64_t tile) const;
+
+ private:
+  static constexpr int64_t kTileRows = 128;
+
+  int64_t group() const { return p_.terms / p_.groups; }
+  void ComputeStrip(int64_t row, int64_t rows, int64_t lane, int64_t lanes) const;
+  void ComputeDirectly(int64_t lane) const;
+  const float* Zeros(int64_t group, int64_t lane, int64_t lanes, float* to) const;
+  void Write(const float* total, const float* scales, int64_t row, int64_t rows, int64_t lane,
+             int64_t lanes) const;
+  const uint32_t* LeftAt(int64_t row, int64_t group, int64_t term) const;
+
+  const WeightProduct p_;
+  const WeightKernels& kernels_;
+  const int64_t direct_;       // lanes that are multiplied directly; 0: none
+  const int64_t strip_;        // lanes of a tile
+  const int64_t group_steps_;  // steps of a group of a converted row
+  const int64_t left_stride_;  // steps from a converted row to the next
+  Scratch left_;
+};
+
+}  // namespace mpjax
+
+#endif  // MPJAX_KERNELS_NATIVE_WEIGHT_PRODUCT_H_

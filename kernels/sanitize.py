@@ -1,0 +1,59 @@
+"""Runs the tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The library is built with both into a copy of the package, of which only the tests of this run
+know. What the sanitizers find stops the run. JAX itself is not instrumented: reads and writes
+beyond a buffer are seen where that was allocated by itself.
+
+    python kernels/sanitize.py [arguments of pytest]
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+# Shapes at random, with 0 and primes among them, sums of several blocks, and every bit pattern.
+TESTS = "exact or integers or decoded or fit or bits or rows or vmap or finite"
+
+
+def main(arguments: list[str]) -> int:
+    sys.path.insert(0, str(ROOT))
+    from hatch_build import build
+
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise FileNotFoundError("g++ is not there: name another compiler that has libasan as `CXX`")
+    with tempfile.TemporaryDirectory(prefix="mpjax-sanitized-") as folder:
+        package = Path(folder, "mpjax_kernels")
+        shutil.copytree(ROOT / "kernels" / "mpjax_kernels", package)
+        (package / "libmpjax_native.so").unlink(missing_ok=True)
+        objects = Path(folder, "objects")
+        objects.mkdir()
+        build(compiler, package / "native", objects, SANITIZERS)
+        shutil.move(objects / "libmpjax_native.so", package)
+        libraries = [_library(compiler, f"lib{name}.so") for name in ("asan", "ubsan", "stdc++")]
+        environment = os.environ | {
+            "LD_PRELOAD": " ".join(libraries),
+            # JAX frees by its own library what ours allocates: the texts of errors.
+            "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYTHONPATH": os.pathsep.join([folder, str(ROOT)]),
+        }
+        tests = sorted(map(str, (ROOT / "tests").glob("test_kernels_native*.py")))
+        command = [sys.executable, "-m", "pytest", "-x", "--capture=sys", "-m", ""]
+        command += ["-k", TESTS, *tests, *arguments]
+        return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+
+
+def _library(compiler: str, name: str) -> str:
+    """The path of a library of the compiler's runtime."""
+    command = [compiler, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
