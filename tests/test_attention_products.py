@@ -19,6 +19,7 @@ def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_float32_attention_is_flaxs(api):
     query, key, value = normal(0, QUERY), normal(1, KEY), normal(2, KEY)

@@ -13,6 +13,7 @@ from tests.test_benchmarks import run
 NAMES = ["int8_from_float32", "flax_float32", "onnxruntime_float32"]
 
 
+@pytest.mark.slow
 def test_models_are_checked_timed_and_compared(tmp_path):
     result = run("--quick", "--contenders", *NAMES, "--output", tmp_path, script="inference.py")
     assert result.returncode == 0, result.stderr

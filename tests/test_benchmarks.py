@@ -186,6 +186,7 @@ def test_the_table_marks_what_is_missed_slower_or_cannot_run(module, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_training_step_is_checked_timed_and_compiled(tmp_path):
     names = ["float32", "flax_float8_float32"]
     arguments = ["--quick", "--cases", "mlp", "--contenders", *names, "--output", tmp_path]

@@ -114,6 +114,7 @@ def test_zlib_bits_are_those_of_the_whole_text_at_level_9(data):
     assert data.zlib_bits_per_byte(text) == 8 * len(zlib.compress(b"import this\n" * 50, 9)) / 600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["LinenRun", "NNXRun"])
 def test_both_policies_start_from_the_same_weights_and_int8_takes_fewer_bytes(demo, api):
     runs, report, settings = demo("byte_lm_runs"), demo("byte_lm_report"), demo("byte_lm").QUICK

@@ -95,6 +95,7 @@ def test_the_product_conforms(rows, terms, columns, transposed, lhs, rhs, blocks
     assert_close(product(q, stored, blocks=blocks), q, r, 3.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "terms", "columns", "transposed", "lhs", "rhs", "blocks"), CASES)
 def test_the_fused_product_conforms(rows, terms, columns, transposed, lhs, rhs, blocks):
     x = normal(rows, terms)
@@ -154,6 +155,7 @@ def test_activations_round_to_nearest_even_and_saturate(format):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.slow
 def test_scales_per_group_of_terms():
     x, w = normal(5, 512), normal(512, 131)
     r = quantize(w, axis=0, group_size=256)

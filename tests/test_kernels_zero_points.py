@@ -66,6 +66,7 @@ def test_zeros_constants_and_what_is_not_finite():
     assert np.isnan(restored[3:]).all()
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_beside_a_zero_point_is_unbiased(key):
     x = jnp.full((100, 200), 0.3).at[0, 0].set(-10).at[0, 1].set(245.0)  # scale 1
     q = mk.quantize(x, symmetric=False, key=key)
@@ -74,6 +75,7 @@ def test_stochastic_rounding_beside_a_zero_point_is_unbiased(key):
     assert abs(restored.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / restored.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, slice(1, 3), (Ellipsis, slice(0, 2)), (1, None, 2)])
 def test_indexing_and_transposing_keep_zero_points(index):
     q = mk.quantize(normal(4, 3, 6) + 1, axis=1, symmetric=False)
@@ -126,6 +128,7 @@ def test_what_does_not_go_together_is_refused():
         mk.validate(replace(floating, zero_point=q.zero_point))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("axis", [0, 1, (0, 1), (2, 0), -1])
 def test_contiguous_changes_where_numbers_lie_and_nothing_else(axis, symmetric):

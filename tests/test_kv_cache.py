@@ -164,6 +164,7 @@ def test_grouped_queries_attend_to_the_head_of_their_group_in_a_subclass_too():
     np.testing.assert_allclose(run(layer, X[:1]), run(graph, X[:1]), atol=1e-5)  # without a cache
 
 
+@pytest.mark.slow
 @each_format
 def test_one_head_or_position_does_not_cost_another_its_precision(kv_cache):
     policy = mp.DTypePolicy("float32", kv_cache=kv_cache)
@@ -302,6 +303,7 @@ class Stack(nn.Module):
         return body(layer, x, None)[0]
 
 
+@pytest.mark.slow
 def test_scanned_layers_beams_and_vmap_have_caches_of_their_own():
     model = mp.wrap(Stack(), mp.DTypePolicy("float32", kv_cache="int8"))
     variables = jax.jit(model.init)(KEY, X)

@@ -138,6 +138,7 @@ def test_planted_overflows_leave_no_trace_but_in_the_scale(loop):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_other_collections_and_the_sign_of_a_zero():
     model = mp.wrap(nn.Dense(2), "mixed_bfloat16")
     params = {"kernel": jnp.full((3, 2), -0.0), "bias": jnp.zeros(2)}

@@ -214,6 +214,7 @@ def test_a_tied_embedding(mode):
     np.testing.assert_array_equal(np.asarray(tied(tokens)), np.asarray(y))
 
 
+@pytest.mark.slow
 def test_a_table_of_one_row_and_a_lookup_by_floats():
     model = mp.wrap(nn.Embed(1, 8), "int8_from_float32")
     variables = mp.quantize(model, model.init(KEY, jnp.zeros(2, int)), jnp.zeros(2, int))
