@@ -63,10 +63,6 @@ def dot_general(
     out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, weight.free), out)
     call = jax.ffi.ffi_call("mpjax_weight_dot", result, vmap_method="expand_dims")
-    scale, zero_point = (
-        _groups_first(weight, weight.scale),
-        _groups_first(weight, weight.zero_point),
-    )
     rows = left.values if left.terms_last else jnp.swapaxes(left.values, 1, 2)
     values = weight.values
     if values.dtype == jnp.int4 and values.shape[2] % 2:
