@@ -175,7 +175,7 @@ def test_quantized_models_make_the_calls(policy):
     model = mp.wrap(nn.Dense(24), policy)
     x = normal(5, 32)
     variables = mp.quantize(model, model.init(jax.random.key(0), x), x)
-    text = jax.jit(model.apply).lower(variables, x).compile().as_text()
+    text = jax.jit(model.apply).lower(variables, x).compile().as_text() or ""
     assert text.count(CALL) == 1
     weight = "s8[32,24]" if policy.startswith("int8") else "s4[32,24]"
     assert weight in text
