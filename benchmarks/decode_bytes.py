@@ -17,19 +17,16 @@ cycles (not a timing), the floor by the chip's bandwidth; in `targets` what we w
 """
 
 import json
-import os
 from importlib.metadata import version
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler needs no TPU
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 
-import flax.linen as nn  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental.layout import Format, Layout  # noqa: E402
-
-import mpjax as mp  # noqa: E402
-from _suite import output_folder, parser  # noqa: E402
+import mpjax as mp
+from _suite import output_folder, parser
 
 WIDTH, HEADS, INNER, WORDS, CONTEXT = 4096, 32, 11008, 32000, 1024
 LAYERS, TARGET = 32, "v6e"
@@ -128,6 +125,7 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=LAYERS, help="instead of all 32")
     arguments.add_argument("--verbose", action="store_true", help="print each report")
     options = arguments.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # the TPU's compiler needs no TPU
     layers = 2 if options.quick else options.layers
     steps = {mode: step(mode, layers) for mode in POLICIES}
     environ = {name: version(name) for name in ("jax", "jaxlib", "libtpu")}

@@ -269,7 +269,10 @@ def test_a_requantized_weight_goes_where_shardings_say(tmp_path):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     path, _, _ = saved(tmp_path)
     columns = NamedSharding(mesh, PartitionSpec(None, "x"))
-    shardings = lambda name: columns if name.endswith("kernel") else None  # noqa: E731
+
+    def shardings(name):
+        return columns if name.endswith("kernel") else None
+
     kernel = mp.load(path, target="tpu7x", shardings=shardings)["params"]["up"]["kernel"]
     assert kernel.values.sharding == columns and kernel.scale.sharding == columns
 
