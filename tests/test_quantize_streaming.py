@@ -408,3 +408,13 @@ def test_an_nnx_model_whose_quantization_is_stopped_half_way_says_so(monkeypatch
     (note,) = caught.value.__notes__
     assert "after 1 of 2 weights" in note and repr(seen[0]) in note and "make the model" in note
     assert isinstance(model.blocks[0].kernel.get_raw_value(), mk.QTensor)
+
+
+def test_arrays_of_another_checkpoint_are_not_taken_for_its_own(tmp_path):
+    for step, value in enumerate((1.0, 2.0)):
+        mp.save_checkpoint(tmp_path / "run", {"kernel": jnp.full((4, 4), value)}, step=step)
+    shutil.rmtree(tmp_path / "run" / "0" / "arrays")
+    shutil.copytree(tmp_path / "run" / "1" / "arrays", tmp_path / "run" / "0" / "arrays")
+    weights = mp.open_weights(tmp_path / "run", step=0)
+    with pytest.raises(mp.ModelFileError, match="the bytes of 'kernel' have changed since"):
+        weights["kernel"].read()
