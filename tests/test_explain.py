@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import mpjax as mp
+from mpjax_kernels import _native_weight
 from mpjax_kernels._native_library import native_refusal
 from tests.explain_helpers import missed, program, read_both_ways, reported
 from tests.explain_models import EXPERTS, MODELS
@@ -85,16 +86,21 @@ def test_a_recomputed_forward_pass_says_so():
     assert directions <= {"forward", "backward", "recomputed"} and "backward" in directions
 
 
-def test_weights_of_4_bits_lie_in_memory_as_floats_on_a_cpu_without_native_kernels():
+def test_weights_of_4_bits_lie_in_memory_as_floats_on_a_cpu_without_native_kernels(monkeypatch):
+    monkeypatch.setattr(_native_weight, "native_refusal", lambda name: f"no kernels of {name}")
     model, stored = small("int4/64_from_mixed_bfloat16", stored=True)
     (row,) = mp.explain(model.apply, stored, X).products
-    if native_refusal("int4") is None:
-        assert (row.lhs, row.rhs, row.reason) == ("bfloat16", "int4", "weights")
-        assert (row.unit, row.dequantized_bytes) == ("mpjax_weight_dot", 0)
-        return
     # XLA:CPU multiplies them by many rows in bfloat16, which it makes of all of them first.
     assert (row.lhs, row.rhs, row.reason) == ("bfloat16", "bfloat16", "dequantized")
     assert row.dequantized_bytes == 2 * INPUTS * OUTPUTS
+
+
+@pytest.mark.skipif(native_refusal("int4") is not None, reason="no native kernels of int4")
+def test_native_kernels_read_weights_of_4_bits_as_they_lie():
+    model, stored = small("int4/64_from_mixed_bfloat16", stored=True)
+    (row,) = mp.explain(model.apply, stored, X).products
+    assert (row.lhs, row.rhs, row.reason) == ("bfloat16", "int4", "weights")
+    assert (row.unit, row.dequantized_bytes) == ("mpjax_weight_dot", 0)
 
 
 def test_floats_under_a_policy_that_stores_weights_only_are_a_miss():
