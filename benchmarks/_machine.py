@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import mpjax_kernels as mk
 from _timing import seconds
 
 REPEATS = 7
@@ -36,7 +37,7 @@ def cores() -> int:
 
 
 def limits(megabytes: int = MEGABYTES, size: int = 2048) -> dict[str, float]:
-    """Measures the machine, each figure the best of several calls of what XLA makes.
+    """Measures the machine, each figure the best of several calls.
 
     Args:
         megabytes: The size of the array that is read, and of the one that is copied.
@@ -53,12 +54,15 @@ def limits(megabytes: int = MEGABYTES, size: int = 2048) -> dict[str, float]:
     row, square = jnp.ones((1, 64)), jnp.ones((size, size))
     int8 = square.astype(jnp.int8)
     reads = (_best(lambda x: jnp.sum(x, axis=1), x), _best(jnp.matmul, row, x))
+    one = jnp.ones((1, 1), jnp.float32)
+    tensor = mk.QTensor(int8, one, jnp.dtype(jnp.float32))
+    products = (_best(_int8_product, int8, int8), _best(_our_product, tensor, tensor))
     operations = 2 * size**3
     return {
         "read_gb_per_s": round(x.nbytes / min(reads) / 1e9, 1),
         "copy_gb_per_s": round(2 * x.nbytes / _best_in_place(x) / 1e9, 1),
         "float32_gops": round(operations / _best(jnp.matmul, square, square) / 1e9, 1),
-        "int8_gops": round(operations / _best(_int8_product, int8, int8) / 1e9, 1),
+        "int8_gops": round(operations / min(products) / 1e9, 1),
     }
 
 
@@ -74,7 +78,11 @@ def _int8_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return jax.lax.dot_general(lhs, rhs, axes, preferred_element_type=jnp.int32)
 
 
-def _best(function: Callable[..., jax.Array], *operands: jax.Array) -> float:
+def _our_product(lhs: mk.QTensor, rhs: mk.QTensor) -> jax.Array:
+    return mk.dot_general(lhs, rhs, (((1,), (1,)), ((), ())))
+
+
+def _best(function: Callable[..., jax.Array], *operands: Any) -> float:
     compiled = jax.jit(function).lower(*operands).compile()
     return min(
         seconds(lambda: jax.block_until_ready(compiled(*operands))) for _ in range(REPEATS + 1)

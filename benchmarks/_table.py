@@ -54,7 +54,7 @@ def machine_line(environment: dict[str, Any], limits: dict[str, float]) -> str:
         f"{environment['python']}, JAX {environment['jax']}. Measured limits: "
         f"{limits['read_gb_per_s']} GB/s read, "
         f"{limits['copy_gb_per_s']} GB/s copied, {limits['float32_gops']} Gop/s in float32, "
-        f"{limits['int8_gops']} in int8 (both by XLA)."
+        f"{limits['int8_gops']} in int8."
     )
 
 

@@ -283,3 +283,40 @@ def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     assert suite.output_folder(short, whole=True) is None
     elsewhere = arguments.parse_args(["--quick", "--output", "elsewhere"])
     assert suite.output_folder(elsewhere, whole=False) == Path("elsewhere")
+
+
+def roofline_row(format, **entries):
+    ours, *peers = (
+        {"gops": gops, "gb_per_s": gb} if gb else {"error": "absent"}
+        for gops, gb in entries.values()
+    )
+    row = {"format": format, "caches": "warm", "limits": LIMITS, "ours": ours}
+    row["peers"] = dict(zip(list(entries)[1:], peers, strict=True))
+    return row | {"machine": {"device": "a machine", "cores": 2, "jax": "0"}}
+
+
+def test_rooflines_place_everyone_by_what_was_measured(module, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    roofline = module("roofline")
+    rows = [
+        roofline_row("w8a8", ours=(100, 50), qwix=(10, 5), onnxruntime=(0, 0)),
+        roofline_row("w8a8", ours=(200, 10)),
+        roofline_row("w4a16", ours=(4, 8)),
+    ]
+    found = roofline.points(rows, "w8a8")
+    assert found == {"mpjax": [(2.0, 100), (20.0, 200)], "qwix": [(2.0, 10)]}
+    (tmp_path / "matmul.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    roofline.main(["--output", str(tmp_path)])
+    picture = (tmp_path / "roofline.svg").read_text()
+    assert all(word in picture for word in ("w8a8", "w4a16", "mpjax", "qwix", "a machine"))
+    assert "3 cases of w8a8, w4a16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rows", "message"), [(None, "is not there"), ("", "has no rows")])
+def test_a_roofline_of_nothing_says_what_to_run(module, tmp_path, rows, message):
+    pytest.importorskip("matplotlib")
+    if rows is not None:
+        (tmp_path / "matmul_cold.jsonl").write_text(rows)
+    with pytest.raises(SystemExit, match=message):
+        module("roofline").main(["--cold", "--output", str(tmp_path)])
+    assert not (tmp_path / "roofline_cold.svg").exists()
