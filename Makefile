@@ -33,9 +33,12 @@ generate: .venv/demo.stamp
 sentence-encoder: .venv/encoder.stamp
 	$(BIN)/python examples/quantize_sentence_encoder.py $(ARGS)
 
+# Most of the time is LLVM's, compiling programs that run once: here it optimizes them less.
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1" \
+	  $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
+# Everything, as users compile it.
 test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
 

@@ -138,7 +138,8 @@ def test_the_bytes_of_the_weights_follow_from_the_shape(example, pretrained):
     assert kept.weight_bytes == int8.weight_bytes + 3 * tables - 4 * table_scales
 
 
-@pytest.mark.parametrize("name", ["SMOOTHQUANT", pytest.param("GPTQ", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SMOOTHQUANT", "GPTQ"])
 def test_a_calibrated_encoder_agrees_better_than_plain_rounding(example, pretrained, name):
     models, data = example("sentence_encoder_models"), example("sentence_encoder_data")
     texts, others = data.draw(64, 64, seed=0, part="asyncio")
