@@ -15,9 +15,11 @@ from ._file_bytes import to_bytes
 from ._file_header import MAX_DEPTH, ArrayRecord, Header, Key, LeafRecord
 from ._file_leaves import MAIN_PARTS, LeafParts, take_apart
 from ._paths import join
-from ._policy_map import freeze
+from ._policy_map import Policy, freeze
+from ._requantize import is_auto
 from ._safetensors import BY_NAME, encode_header
 from ._serialize import get_policy, serialize
+from ._target import targets
 
 
 def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
@@ -37,7 +39,8 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
         as `nn.Partitioned`, are taken off: the names in them are in the model's code, which takes
         its variables with or without. NNX: a wrapped model; its loss scale is not saved.
       policy: what the model is wrapped with, for `mpjax.load_policy`: anything `get_policy` takes,
-        None to save none. NNX: left out, the model has it.
+        None to save none. NNX: left out, the model has it; or the `"auto8"` policy that it was
+        wrapped with, which became int8 or float8 then and is left open for the next hardware.
 
     Returns:
       The path.
@@ -45,7 +48,7 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
     Raises:
       TypeError: `tree` or a leaf of it is of another type.
       ValueError: the tree is empty or too deep, two leaves have the same path, an array is spread
-        over several processes, or the NNX model is not wrapped.
+        over several processes, or the NNX model is not wrapped, or with another policy.
       OSError: the file cannot be written; what was at `path` is still there.
     """
     path = Path(path)
@@ -86,12 +89,8 @@ def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]]
     """The leaves by path, and the policy."""
     nnx = nnx_adapter(tree)
     if nnx is not None:
-        if policy is not None:
-            raise ValueError(
-                f"`policy` is {policy!r}, but an NNX model is saved with its own: leave it out, or "
-                "call mp.wrap(model, policy) first"
-            )
-        variables, policy = nnx.variables_of(tree), nnx.policy_of(tree)
+        variables, own = nnx.variables_of(tree), nnx.policy_of(tree)
+        policy = own if policy is None else _unresolved(policy, own)
         return [(keys, each.get_raw_value()) for keys, each in variables.items()], policy
     if not isinstance(tree, Mapping):
         raise TypeError(
@@ -99,6 +98,18 @@ def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]]
             "(nested dicts), or a wrapped NNX model"
         )
     return list(_leaves(tree, ())), policy
+
+
+def _unresolved(given: Any, own: Policy) -> Policy:
+    """An `"auto8"` policy that became the model's own on some hardware; else a ValueError."""
+    policy, mine = freeze(get_policy(given)), serialize(own)
+    if is_auto(policy) and any(serialize(policy.resolve(each)) == mine for each in targets()):
+        return policy
+    raise ValueError(
+        f"`policy` is {given!r}, but the NNX model is wrapped with {own!r}: it is saved with that, "
+        "or with the 'auto8' policy that became it; leave `policy` out, or call mp.wrap(model, "
+        "policy) first"
+    )
 
 
 def _leaves(node: Any, path: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...], Any]]:

@@ -217,6 +217,23 @@ def test_nnx(tmp_path):
         mp.load(path, mp.wrap(MLPNNX(nnx.Rngs(0)), policy))
 
 
+@pytest.mark.parametrize("when", ["always", "profitable"])
+def test_an_nnx_model_can_leave_its_policy_open_in_its_file(tmp_path, when):
+    auto8 = mp.DTypePolicyMap("auto8_from_float32", {"down": "float32"})
+    model = mp.wrap(MLPNNX(nnx.Rngs(0)), auto8, target="v6e", when=when)
+    mp.quantize(model)
+    path = mp.save(tmp_path / "model.safetensors", model, policy=auto8)
+    assert mp.serialize(mp.load_policy(path))["config"] == mp.serialize(auto8)["config"]
+    other = mp.wrap(nnx.eval_shape(lambda: MLPNNX(nnx.Rngs(0))), auto8, target="h100")
+    _, report = mp.load(path, other, target="h100", return_report=True)
+    # A layer as small as `up` stays floats where it has to pay.
+    assert [row.format for row in report.weights] == ([E4M3] if when == "always" else [])
+    for wrong in ("auto8_from_float32", "auto8_from_bfloat16", "int8_from_bfloat16"):
+        with pytest.raises(ValueError, match="the NNX model is wrapped with"):
+            mp.save(path, model, policy=wrong)
+    assert mp.serialize(mp.load_policy(path))["config"] == mp.serialize(auto8)["config"]
+
+
 def test_other_forms_of_a_weight(tmp_path):
     policy = "int8_from_float32"
     model = mp.wrap(MLP(), policy)

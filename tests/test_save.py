@@ -455,7 +455,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="NNXNet is not wrapped"):
         mp.save(path, NNXNet(nnx.Rngs(0)))
     with pytest.raises(
-        ValueError, match="`policy` is 'float32', but an NNX model is saved with it"
+        ValueError, match="`policy` is 'float32', but the NNX model is wrapped with"
     ):
         mp.save(path, nnx_model(), policy="float32")
     tree = x
