@@ -26,6 +26,9 @@ _TPUS = {
     "v6e": "v6e:1x1",
     "tpu7x": "tpu7x:1x1x1",
 }
+# libtpu plans fusions on threads whose stacks are too small for some: it dies of int8 projections
+# beside a causal mask, compiled for a v5e. A version without the flag is not to mind it.
+_STACK = "fibers_default_thread_stack_size"
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
@@ -163,6 +166,10 @@ def _tpu_topology(name: str) -> Any:
         # here and opens no TPU.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        flags = os.environ.get("LIBTPU_INIT_ARGS", "")  # read once, when it is loaded
+        if _STACK not in flags:
+            flags = f"{flags} --{_STACK}={1 << 20} --undefok={_STACK}".strip()
+            os.environ["LIBTPU_INIT_ARGS"] = flags
     bounds = {"chips_per_host_bounds": (1, 1, 1)}  # where libtpu would assume 2 x 2 chips
     return topologies.get_topology_desc(_TPUS[name], "tpu", **bounds)
 

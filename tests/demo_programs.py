@@ -27,13 +27,13 @@ from mpjax._explain import _as_function, explanation_of
 
 # The examples are scripts that import each other by name.
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-_models = importlib.import_module("byte_lm_models")
+models = importlib.import_module("byte_lm_models")
 _optimizer = importlib.import_module("byte_lm_runs").make_optimizer
 _training = importlib.import_module("train_float8_training")
 _decoding = importlib.import_module("generate_decoding")
 sys.path.pop(0)
 
-BATCH, SHAPE = 5, _models.Shape(context=128, width=256, depth=1, heads=2)
+BATCH, SHAPE = 5, models.Shape(context=128, width=256, depth=1, heads=2)
 ROWS, WIDTH = BATCH * SHAPE.context, SHAPE.width
 TOKENS = jax.ShapeDtypeStruct((BATCH, SHAPE.context), jnp.int32)
 BYTE = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
@@ -54,7 +54,7 @@ def train(api: str, policy: Any) -> Program:
     """A step of AdamW with clipping, under `mp.TrainState` or `mp.nnx.Optimizer`."""
     tx = _optimizer(1e-3, 100)
     if api == "linen":
-        model = mp.wrap(_models.ByteLM(SHAPE), policy)
+        model = mp.wrap(models.ByteLM(SHAPE), policy)
 
         def init(key: Any) -> Any:
             variables = model.init(key, jnp.zeros(TOKENS.shape, TOKENS.dtype))
@@ -66,7 +66,7 @@ def train(api: str, policy: Any) -> Program:
         return _training.linen_train, (state, TOKENS, TOKENS)
 
     def make() -> Any:
-        model = mp.wrap(_models.ByteLMNNX(SHAPE, rngs=nnx.Rngs(0)), policy)
+        model = mp.wrap(models.ByteLMNNX(SHAPE, rngs=nnx.Rngs(0)), policy)
         return model, mp.nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     graph, state = nnx.split(nnx.eval_shape(make))
@@ -91,7 +91,7 @@ def decode(api: str, policy: Any, target: str) -> Program:
     """A step of decoding, by quantized weights and the cache that the policy says."""
     if api == "linen":
         _, variables = _quantized(policy, target)
-        model = mp.wrap(_models.ByteLM(SHAPE, decode=True), policy, target=target)
+        model = mp.wrap(models.ByteLM(SHAPE, decode=True), policy, target=target)
         cache = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["cache"]
         step = functools.partial(_decoding.linen_step, model)
         return step, (variables["params"], cache, BYTE, POSITION)
@@ -107,13 +107,13 @@ def decode(api: str, policy: Any, target: str) -> Program:
 
 
 def _quantized(policy: Any, target: str) -> tuple[Any, Any]:
-    model = mp.wrap(_models.ByteLM(SHAPE), policy, target=target)
+    model = mp.wrap(models.ByteLM(SHAPE), policy, target=target)
     variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     return model, jax.eval_shape(lambda v: mp.quantize(model, v, TOKENS), variables)
 
 
 def _quantized_nnx(policy: Any, target: str) -> Any:
-    model = mp.wrap(_models.ByteLMNNX(SHAPE, rngs=nnx.Rngs(0)), policy, target=target)
+    model = mp.wrap(models.ByteLMNNX(SHAPE, rngs=nnx.Rngs(0)), policy, target=target)
     return mp.quantize(model)
 
 

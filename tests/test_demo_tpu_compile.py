@@ -58,7 +58,9 @@ def expected(case: Case) -> tuple[Counter, Counter]:
     if case.work == "prefill":
         return Counter({(native, native): LAYERS}), Counter({wide: 2})
     if case.work == "decode":
-        return Counter({(native, native): LAYERS}), Counter({(BFLOAT16, native): 2})
+        # A float8 cache is widened on its way into the matrix unit, an int8 one in it.
+        pair = (BFLOAT16, native) if native == INT8 else wide
+        return Counter({(native, native): LAYERS}), Counter({pair: 2})
     layers = {
         # Two products backward for each forward, both wide where int8 trains.
         "bfloat16": {wide: 3 * LAYERS},
@@ -97,7 +99,8 @@ def test_explain_reads_the_same_of_every_layer(built):
 def test_operations_are_those_of_the_model(built):
     rows, attention = ROWS, ATTENTION_FLOPS
     if built.case.work == "decode":
-        rows, attention = BATCH, DECODED_ATTENTION_FLOPS
+        # The one row of a text is eight, of zeros: the matrix unit takes no fewer.
+        rows, attention = BATCH, 8 * DECODED_ATTENTION_FLOPS
     times = 3 if built.case.work in TRAINED else 1
     quantized = {"bfloat16": 0, "int8": 1}.get(built.case.work, times) * rows * LAYER_FLOPS
     assert built.found.flops == times * (rows * LAYER_FLOPS + attention)
@@ -118,7 +121,7 @@ def test_what_is_missed_is_what_the_target_cannot_multiply(built):
         return
     assert found.misses == ()
     # Attention stays in bfloat16, and so does the backward pass of int8: two thirds.
-    part = {"bfloat16": 0.0, "int8": 0.31, "decode": 0.6}.get(case.work, 0.92)
+    part = {"bfloat16": 0.0, "int8": 0.3, "decode": 0.6}.get(case.work, 0.92)
     found.assert_quantized(part)
     with pytest.raises(AssertionError, match=r"are in 8 bits"):
         found.assert_quantized(part + 0.08)
