@@ -1,8 +1,8 @@
 """What NVIDIA's compiler has to know of a GPU that is not there: XLA's `GpuTargetConfigProto`.
 
 The figures are those that the driver reports of each card, as XLA's own descriptions have them
-(https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs). Versions are those of
-cuDNN and of CUDA: without the latter XLA takes it for so old that cuBLASLt knows no float8.
+(https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs). The versions are of
+cuDNN and of CUDA: without the latter XLA takes it for one so old that cuBLASLt knows no float8.
 """
 
 import dataclasses

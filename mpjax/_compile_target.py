@@ -68,13 +68,19 @@ def compile_for(
 
     Raises:
       ImportError: the target's compiler is not installed.
-      NotImplementedError: there is none for this target.
+      NotImplementedError: there is none for this target, or an array is split over several devices.
     """
+    _check_one_device(args, kwargs)
     wanted = resolve_target(target)
     device, devices, options = _device(wanted, at_hand=target is None)
     sharding = SingleDeviceSharding(device)
     with _own_cache_entries():
-        lowered = _lower(fn, args, kwargs, sharding)
+        try:
+            lowered = _lower(fn, args, kwargs, sharding)
+        except ValueError as error:
+            if "sharding" in str(error) or "devices" in str(error):  # JAX' words for a mesh
+                error.add_note(f"{_ONE_DEVICE}: take the mesh and the shardings off the function")
+            raise
         compiled = lowered.compile(compiler_options=options)
     text = compiled.as_text()
     if text is None:
@@ -83,6 +89,24 @@ def compile_for(
     seconds = cost.get("optimal_seconds")
     is_estimate = wanted.platform == "tpu" and seconds is not None and seconds > 0
     return Compiled(wanted, devices, text, seconds if is_estimate else None, _memory(compiled))
+
+
+_ONE_DEVICE = "a program is compiled for one device, without a mesh"
+
+
+def _check_one_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuses an array of which the device at hand would hold a part."""
+    for path, x in jax.tree.leaves_with_path((args, dict(kwargs))):
+        sharding = getattr(x, "sharding", None)
+        if sharding is None or sharding.num_devices == 1 or sharding.is_fully_replicated:
+            continue
+        # (args, kwargs)[0][1]["w"] is `args[1]['w']`.
+        where = ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])  # pyright: ignore
+        raise NotImplementedError(
+            f"`{where}` of shape {x.shape} is split over {sharding.num_devices} devices, but "
+            f"{_ONE_DEVICE}. For that of the whole arrays on one device give shapes: "
+            "jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)"
+        )
 
 
 def _lower(

@@ -27,8 +27,8 @@ def explain(
     which writes into the program what its policy decided (`jax.named_scope`). Nothing is run and no
     array is made: arguments may be `jax.ShapeDtypeStruct`s, and the hardware need not be there.
 
-    The program is for one device, without a mesh. Of a TPU of several cores per chip it is one
-    core, and the floor is that core's.
+    The program is for one device, without a mesh: arrays that are split over several are refused.
+    Of a TPU of several cores per chip it is one core, and the floor is that core's.
 
     Args:
       fn: a function of arrays, jitted or not: `model.apply` of a Linen model, a wrapped NNX model
@@ -44,7 +44,8 @@ def explain(
 
     Raises:
       ImportError: the target's compiler is not installed; the message names the extra.
-      NotImplementedError: there is no compiler for this target here.
+      NotImplementedError: there is no compiler for this target here, or an argument is split over
+        several devices.
       TypeError: `fn` cannot be called.
       ValueError: no target has this name.
     """

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mpjax as mp
 from mpjax_kernels import _native_weight
@@ -250,3 +251,38 @@ def test_what_is_no_function():
 
 def test_every_reason_is_explained():
     assert all(mp.REASONS[reason] for reason in ("", "policy", "unmatched", "island", "author"))
+
+
+def test_arrays_that_are_split_over_devices_are_refused_by_name():
+    mesh = jax.make_mesh((8,), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    x = jax.ShapeDtypeStruct((64, INPUTS), jnp.float32, sharding=split)
+    w = jax.device_put(jnp.ones((INPUTS, OUTPUTS)), whole)
+    message = r"`{}` of shape \(64, 64\) is split over 8 devices, but a program is compiled for one"
+    with pytest.raises(NotImplementedError, match=message.format(r"args\[0\]")):
+        mp.explain(jnp.dot, x, w)
+    with pytest.raises(NotImplementedError, match=message.format(r"kwargs\['x'\]\['a'\]")):
+        mp.explain(lambda x, w: x["a"] @ w, x={"a": x}, w=w)
+    # One that every device has as a whole is the same on one of them.
+    (row,) = mp.explain(jnp.dot, jax.ShapeDtypeStruct(x.shape, x.dtype), w).products
+    assert row.flops == 2 * 64 * INPUTS * OUTPUTS
+
+
+def test_what_jax_says_of_a_mesh_in_the_function_has_a_remedy_added():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def constrained(x):
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        return jax.lax.with_sharding_constraint(x @ x, split)
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    with pytest.raises(ValueError, match="incompatible devices") as raised:
+        mp.explain(constrained, x)
+    assert any("compiled for one device, without a mesh" in n for n in raised.value.__notes__)
+    with pytest.raises(ValueError, match="unrelated") as raised:
+        mp.explain(unrelated, x)
+    assert not any("without a mesh" in n for n in getattr(raised.value, "__notes__", ()))
+
+
+def unrelated(x):
+    raise ValueError("unrelated")
