@@ -27,7 +27,7 @@ _TPUS = {
     "tpu7x": "tpu7x:1x1x1",
 }
 # libtpu plans fusions on threads whose stacks are too small for some: it dies of int8 projections
-# beside a causal mask, compiled for a v5e. A version without the flag is not to mind it.
+# beside a causal mask, for v5e and v5p. A version without the flag is not to mind it.
 _STACK = "fibers_default_thread_stack_size"
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 

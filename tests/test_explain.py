@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mpjax as mp
+from mpjax._compile_target import Compiled
+from mpjax._explain import explanation_of
 from mpjax_kernels import _native_weight
 from mpjax_kernels._native_library import native_refusal
 from tests.explain_helpers import missed, program, read_both_ways, reported
@@ -282,6 +284,42 @@ def test_what_jax_says_of_a_mesh_in_the_function_has_a_remedy_added():
     with pytest.raises(ValueError, match="unrelated") as raised:
         mp.explain(unrelated, x)
     assert not any("without a mesh" in n for n in getattr(raised.value, "__notes__", ()))
+
+
+# Two products of 8 x 16 x 32, one of int8 and one of bfloat16.
+HALF = """HloModule half
+
+ENTRY %main (a: s8[8,16], b: s8[16,32], c: bf16[8,16], d: bf16[16,32]) -> (s32[8,32], f32[8,32]) {
+  %a = s8[8,16]{1,0} parameter(0)
+  %b = s8[16,32]{1,0} parameter(1)
+  %c = bf16[8,16]{1,0} parameter(2)
+  %d = bf16[16,32]{1,0} parameter(3)
+  %int8 = s32[8,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %wide = f32[8,32]{1,0} dot(%c, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = (s32[8,32]{1,0}, f32[8,32]{1,0}) tuple(%int8, %wide)
+}
+"""
+
+
+def half(target):
+    """What is read of `HALF` if it was compiled for a target."""
+    return explanation_of(Compiled(mp.resolve_target(target), 1, HALF, None, {}))
+
+
+def test_what_is_asked_for_is_compared_with_the_exact_part():
+    found = half("v6e")
+    assert found.share_in_8_bits == 0.5
+    found.assert_quantized(0.5)
+    with pytest.raises(AssertionError, match=r"50\.0% of the operations are in 8 bits on v6e"):
+        found.assert_quantized(0.500001)
+    with pytest.raises(ValueError, match="`min_flops` = -1 must be from 0 to 1"):
+        found.assert_quantized(-1)
+
+
+def test_8_bits_that_the_target_does_not_multiply_are_emulated():
+    reasons = {target: [row.reason for row in half(target).products] for target in ("v6e", "tpu7x")}
+    assert reasons == {"v6e": ["", "outside"], "tpu7x": ["emulated", "outside"]}
+    assert half("tpu7x").share_in_8_bits == 0.0
 
 
 def unrelated(x):
