@@ -271,7 +271,8 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
 def _target(identifier: Target | Mapping[str, Any] | str | None) -> Target | None:
     """What `_target_config` wrote, or None."""
     if isinstance(identifier, Mapping):
-        return Target(**{k: tuple(v) if k == "kinds" else v for k, v in identifier.items()})
+        fields: dict[str, Any] = dict(identifier)
+        return Target(**{**fields, "kinds": tuple(fields.get("kinds", ()))})
     return None if identifier is None else resolve_target(identifier)
 
 

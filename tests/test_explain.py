@@ -301,9 +301,13 @@ ENTRY %main (a: s8[8,16], b: s8[16,32], c: bf16[8,16], d: bf16[16,32]) -> (s32[8
 """
 
 
+def read(text, target):
+    """What is read of a program if it was compiled for a target."""
+    return explanation_of(Compiled(mp.resolve_target(target), 1, text, None, {}))
+
+
 def half(target):
-    """What is read of `HALF` if it was compiled for a target."""
-    return explanation_of(Compiled(mp.resolve_target(target), 1, HALF, None, {}))
+    return read(HALF, target)
 
 
 def test_what_is_asked_for_is_compared_with_the_exact_part():
@@ -320,6 +324,55 @@ def test_8_bits_that_the_target_does_not_multiply_are_emulated():
     reasons = {target: [row.reason for row in half(target).products] for target in ("v6e", "tpu7x")}
     assert reasons == {"v6e": ["", "outside"], "tpu7x": ["emulated", "outside"]}
     assert half("tpu7x").share_in_8_bits == 0.0
+
+
+TILED = """HloModule tiled
+
+ENTRY %main (a: bf16[8,100], b: bf16[100,200]) -> f32[8,200] {
+  %a = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[100,200]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %y = f32[8,200]{1,0:T(8,128)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_tiles_are_read_as_a_whole():
+    found = read(TILED, "v6e")
+    (row,) = found.products
+    values, tiles = 2 * (8 * 100 + 100 * 200), 2 * (8 * 128 + 104 * 256)
+    assert (row.weight_bytes, row.padding_bytes) == (tiles, tiles - values)
+    assert (found.bytes_read, found.bytes_written) == (tiles, 4 * 8 * 256)
+
+
+LOOP = """HloModule loop
+
+%body (s: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %s = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%s), index=1
+  %y = f32[8,16]{1,0} negate(%x)
+  ROOT %next = (s32[], f32[8,16]{1,0}) tuple(%i, %y)
+}
+
+%condition (t: (s32[], f32[8,16])) -> pred[] {
+  %t = (s32[], f32[8,16]{1,0}) parameter(0)
+  ROOT %always = pred[] constant(true)
+}
+
+ENTRY %main (u: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %u = (s32[], f32[8,16]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,16]{1,0}) while(%u), condition=%condition, body=%body, KNOWN
+}
+"""
+
+
+def test_the_bytes_of_a_loop_are_those_of_all_its_turns():
+    known = 'backend_config={"known_trip_count":{"n":"5"}}'
+    found = read(LOOP.replace("KNOWN", known), "v6e")
+    assert (found.bytes_read, found.bytes_written) == (5 * 512, 5 * 512)
+    assert found.unknown_loops == 0
+    once = read(LOOP.replace(", KNOWN", ""), "v6e")
+    assert (once.bytes_read, once.unknown_loops) == (512, 1)
 
 
 def unrelated(x):
