@@ -124,6 +124,7 @@ TRAINED = {
 }
 # What 8 bits are on each target, for weights and for the cache.
 NATIVE = {"v5e": "int8", "v6e": "int8", "tpu7x": "float8", "h200": "float8"}
+EMULATED = {"v5e": "float8", "v6e": "float8", "tpu7x": "int8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +145,17 @@ class Case:
         return f"{self.target}-{self.api}-{self.work}"
 
     @property
+    def is_emulated(self) -> bool:
+        """Whether it trains in 8 bits that the compiler of the target has to widen."""
+        return self.work == EMULATED.get(self.target)
+
+    @property
     def is_slow(self) -> bool:
-        """Whether it is left to `slow`: a step of NNX that is not in the target's own 8 bits."""
-        is_native = self.work == NATIVE[self.target]
-        return self.api == "nnx" and self.work in TRAINED and not is_native
+        """Whether it is left to `slow`: what other cases show of another API or another chip."""
+        if self.work not in TRAINED:
+            return False
+        is_shown_by_linen = self.api == "nnx" and self.work != NATIVE[self.target]
+        return is_shown_by_linen or (self.is_emulated and self.target != "v6e")
 
     def program(self) -> Program:
         """The function and its arguments; what is stored in 8 bits is what `auto8` makes of it."""

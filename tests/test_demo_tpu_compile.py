@@ -70,11 +70,6 @@ def expected(case: Case) -> tuple[Counter, Counter]:
     return Counter(layers), Counter({wide: 6})
 
 
-def is_emulated(case: Case) -> bool:
-    """Whether the compiler widens 8 bits that the matrix unit does not take."""
-    return case.work in {"int8", "float8"} - {NATIVE[case.target]}
-
-
 def test_every_product_has_the_operands_of_its_policy(built):
     layers, attention = expected(built.case)
     assert multiplied(built.text) == layers + attention
@@ -109,14 +104,14 @@ def test_operations_are_those_of_the_model(built):
     times = 3 if built.case.work in TRAINED else 1
     assert built.found.flops == times * (rows * LAYER_FLOPS + attention)
     quantized = {"bfloat16": 0, "int8": 1}.get(built.case.work, times) * rows * LAYER_FLOPS
-    if is_emulated(built.case):
+    if built.case.is_emulated:
         quantized = 0
     assert built.found.share_in_8_bits == quantized / built.found.flops
 
 
 def test_what_is_missed_is_what_the_target_cannot_multiply(built):
     case, found = built.case, built.found
-    if is_emulated(case):
+    if case.is_emulated:
         narrow = [row for row in found.products if row.rhs != "bfloat16"]
         assert len(narrow) == {"int8": LAYERS, "float8": 3 * LAYERS}[case.work]
         assert list(found.misses) == narrow and {row.reason for row in narrow} == {"emulated"}
