@@ -1,9 +1,11 @@
 # Every target sets up what it needs: `git clone`, then one command.
 #   PYTHON=python3.12   which interpreter .venv is made from, the first time
 #   ARGS="..."          passed on to the demo, the tests or the benchmarks
+#   SLOW=1              test-tpu and test-gpu compile their whole grids
 
 PYTHON ?= python3
 ARGS ?=
+SLOW ?=
 BIN := .venv/bin
 
 .PHONY: help demo demo-nnx train-float8 generate sentence-encoder test test-all test-tpu test-gpu \
@@ -41,6 +43,7 @@ test: .venv/dev.stamp
 # Everything, as users compile it.
 test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
+	$(if $(ARGS),,$(MAKE) test-tpu test-gpu SLOW=1)
 
 # The native kernels under AddressSanitizer and UBSan. The build hook imports hatchling.
 test-sanitized: .venv/dev.stamp
@@ -49,12 +52,12 @@ test-sanitized: .venv/dev.stamp
 
 # What the TPU compiler makes of our kernels. It needs no TPU, so JAX is not to look for one.
 test-tpu: .venv/dev,tpu.stamp
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "tpu_compile $(if $(SLOW),,and not slow)" $(ARGS)
 
 # The same of the NVIDIA compiler. Autotuning would run kernels on the GPU that is not there.
 test-gpu: .venv-gpu/stamp
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 \
-	  .venv-gpu/bin/python -m pytest -m gpu_compile $(ARGS)
+	  .venv-gpu/bin/python -m pytest -m "gpu_compile $(if $(SLOW),,and not slow)" $(ARGS)
 
 # An environment of its own: where CUDA's plugin is installed, every program looks for a GPU and
 # says on stderr that there is none.

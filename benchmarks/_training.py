@@ -168,15 +168,6 @@ class Contender:
     note: str = ""
 
 
-def step_and_abstract_arguments(
-    case: Case | TransformerCase, contender: str
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The step of a contender and the shapes of its arguments: the state, inputs and targets."""
-    training = CONTENDERS[contender].build(case)
-    rows = jax.ShapeDtypeStruct(case.shape, jnp.float32)
-    return training.step, (jax.eval_shape(training.init, jax.random.key(0), rows), rows, rows)
-
-
 def loss_of(apply: Callable[..., Any]) -> Callable[..., jax.Array]:
     """The squared error, summed over the features.
 

@@ -46,19 +46,23 @@ def linen_decoder(policy: Any, params: Any, shape: Shape, top_k: int) -> Decoder
         tokens = jnp.zeros((batch, shape.context), jnp.int32)
         return model.init(jax.random.key(0), tokens)["cache"]  # its parameters are not computed
 
-    def step(params: Any, cache: Any, byte: jax.Array, position: jax.Array):
-        variables = {"params": params, "cache": cache}
-        logits, updated = model.apply(variables, byte, position, mutable=["cache"])
-        return updated["cache"], logits
-
     @jax.jit
     def run(params: Any, texts: jax.Array, given: Any, key: jax.Array, temperature: Any):
-        one = functools.partial(step, params)
-        return decode(one, start(texts.shape[0]), texts, given, key, temperature, top_k)
+        step = functools.partial(linen_step, model, params)
+        return decode(step, start(texts.shape[0]), texts, given, key, temperature, top_k)
 
     cache = jax.eval_shape(lambda: start(1))
     run_with = functools.partial(run, variables["params"])
     return Decoder(run_with, tree_bytes(cache), tree_bytes(variables["params"]))
+
+
+def linen_step(
+    model: Any, params: Any, cache: Any, byte: jax.Array, position: jax.Array
+) -> tuple[Any, jax.Array]:
+    """A `Step` of the Linen model, given what comes before the cache."""
+    variables = {"params": params, "cache": cache}
+    logits, updated = model.apply(variables, byte, position, mutable=["cache"])
+    return updated["cache"], logits
 
 
 def nnx_decoder(policy: Any, params: Any, shape: Shape, top_k: int) -> Decoder:
@@ -83,18 +87,22 @@ def nnx_decoder(policy: Any, params: Any, shape: Shape, top_k: int) -> Decoder:
     @functools.partial(jax.jit, static_argnums=0)
     def run(graph: Any, weights: Any, texts: jax.Array, given: Any, key: Any, temperature: Any):
         graph, cache = start(graph, weights, texts.shape[0])
-
-        def step(cache: Any, byte: jax.Array, position: jax.Array):
-            model = nnx.merge(graph, weights, cache)
-            logits = model(byte, position)
-            return nnx.state(model, nnx.Cache), logits
-
+        step = functools.partial(nnx_step, graph, weights)
         return decode(step, cache, texts, given, key, temperature, top_k)
 
     graph, weights = nnx.split(model)
     cache = jax.eval_shape(lambda weights: start(graph, weights, 1)[1], weights)
     run_with = functools.partial(run, graph, weights)
     return Decoder(run_with, tree_bytes(cache), tree_bytes(weights))
+
+
+def nnx_step(
+    graph: Any, weights: Any, cache: Any, byte: jax.Array, position: jax.Array
+) -> tuple[Any, jax.Array]:
+    """The same of the NNX model."""
+    model = nnx.merge(graph, weights, cache)
+    logits = model(byte, position)
+    return nnx.state(model, nnx.Cache), logits
 
 
 def decode(

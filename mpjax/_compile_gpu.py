@@ -1,7 +1,8 @@
 """What NVIDIA's compiler has to know of a GPU that is not there: XLA's `GpuTargetConfigProto`.
 
 The figures are those that the driver reports of each card, as XLA's own descriptions have them
-(https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs).
+(https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs). The versions are of
+cuDNN and of CUDA: without the latter XLA takes it for one so old that cuBLASLt knows no float8.
 """
 
 import dataclasses
@@ -50,6 +51,7 @@ class Gpu:
             }}
             platform_name: "CUDA"
             dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+            runtime_version {{ major: 12 minor: 9 patch: 0 }}
             device_description_str: "{self.name}"
         """
 

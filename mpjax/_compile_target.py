@@ -26,6 +26,9 @@ _TPUS = {
     "v6e": "v6e:1x1",
     "tpu7x": "tpu7x:1x1x1",
 }
+# libtpu plans fusions on threads whose stacks are too small for some: it dies of int8 projections
+# beside a causal mask, for v5e and v5p. A version without the flag is not to mind it.
+_STACK = "fibers_default_thread_stack_size"
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
@@ -65,13 +68,19 @@ def compile_for(
 
     Raises:
       ImportError: the target's compiler is not installed.
-      NotImplementedError: there is none for this target.
+      NotImplementedError: there is none for this target, or an array is split over several devices.
     """
+    _check_one_device(args, kwargs)
     wanted = resolve_target(target)
     device, devices, options = _device(wanted, at_hand=target is None)
     sharding = SingleDeviceSharding(device)
     with _own_cache_entries():
-        lowered = _lower(fn, args, kwargs, sharding)
+        try:
+            lowered = _lower(fn, args, kwargs, sharding)
+        except ValueError as error:
+            if "sharding" in str(error) or "devices" in str(error):  # JAX' words for a mesh
+                error.add_note(f"{_ONE_DEVICE}: take the mesh and the shardings off the function")
+            raise
         compiled = lowered.compile(compiler_options=options)
     text = compiled.as_text()
     if text is None:
@@ -80,6 +89,24 @@ def compile_for(
     seconds = cost.get("optimal_seconds")
     is_estimate = wanted.platform == "tpu" and seconds is not None and seconds > 0
     return Compiled(wanted, devices, text, seconds if is_estimate else None, _memory(compiled))
+
+
+_ONE_DEVICE = "a program is compiled for one device, without a mesh"
+
+
+def _check_one_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuses an array of which the device at hand would hold a part."""
+    for path, x in jax.tree.leaves_with_path((args, dict(kwargs))):
+        sharding = getattr(x, "sharding", None)
+        if sharding is None or sharding.num_devices == 1 or sharding.is_fully_replicated:
+            continue
+        # (args, kwargs)[0][1]["w"] is `args[1]['w']`.
+        where = ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])  # pyright: ignore
+        raise NotImplementedError(
+            f"`{where}` of shape {x.shape} is split over {sharding.num_devices} devices, but "
+            f"{_ONE_DEVICE}. For that of the whole arrays on one device give shapes: "
+            "jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)"
+        )
 
 
 def _lower(
@@ -163,6 +190,10 @@ def _tpu_topology(name: str) -> Any:
         # here and opens no TPU.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        flags = os.environ.get("LIBTPU_INIT_ARGS", "")  # read once, when it is loaded
+        if _STACK not in flags:
+            flags = f"{flags} --{_STACK}={1 << 20} --undefok={_STACK}".strip()
+            os.environ["LIBTPU_INIT_ARGS"] = flags
     bounds = {"chips_per_host_bounds": (1, 1, 1)}  # where libtpu would assume 2 x 2 chips
     return topologies.get_topology_desc(_TPUS[name], "tpu", **bounds)
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from ._compile_target import Compiled, compile_for
 from ._decisions import FORWARD, LEFT, QUANTIZED, WEIGHTS
-from ._explanation import ExplainedProduct, Explanation
-from ._explanation_table import table
+from ._explanation import ExplainedProduct, Explanation, check_min_flops
 from ._hlo_products import HloProduct, all_instructions, products_of
 from ._hlo_program import parse
 from ._hlo_runs import runs_of
@@ -28,8 +27,8 @@ def explain(
     which writes into the program what its policy decided (`jax.named_scope`). Nothing is run and no
     array is made: arguments may be `jax.ShapeDtypeStruct`s, and the hardware need not be there.
 
-    The program is for one device, without a mesh. Of a TPU of several cores per chip it is one
-    core, and the floor is that core's.
+    The program is for one device, without a mesh: arrays that are split over several are refused.
+    Of a TPU of several cores per chip it is one core, and the floor is that core's.
 
     Args:
       fn: a function of arrays, jitted or not: `model.apply` of a Linen model, a wrapped NNX model
@@ -45,7 +44,8 @@ def explain(
 
     Raises:
       ImportError: the target's compiler is not installed; the message names the extra.
-      NotImplementedError: there is no compiler for this target here.
+      NotImplementedError: there is no compiler for this target here, or an argument is split over
+        several devices.
       TypeError: `fn` cannot be called.
       ValueError: no target has this name.
     """
@@ -63,6 +63,8 @@ def assert_quantized(
 ) -> None:
     """Fails unless enough of a function's operations are multiplied in 8 bits, for a test.
 
+    It compiles the function; a report that is there already has a method of the same name.
+
     Args:
       fn: as `explain` takes it.
       *args: likewise.
@@ -74,17 +76,8 @@ def assert_quantized(
       AssertionError: it is less; the message is a table of the products that are not in 8 bits.
       ValueError: `min_flops` is not from 0 to 1.
     """
-    if not 0 <= min_flops <= 1:
-        raise ValueError(
-            f"`min_flops` = {min_flops} must be from 0 to 1: it is a part of the whole"
-        )
-    found = explain(fn, *args, target=target, **kwargs)
-    if found.share_in_8_bits < min_flops:
-        offending = [each for each in found.products if each.reason != ""]
-        raise AssertionError(
-            f"{found.share_in_8_bits:.1%} of the operations are in 8 bits on {found.target}, less "
-            f"than min_flops = {min_flops:.1%}. These are not:\n{table(offending)}"
-        )
+    check_min_flops(min_flops)  # before anything is compiled
+    explain(fn, *args, target=target, **kwargs).assert_quantized(min_flops)
 
 
 def explanation_of(compiled: Compiled) -> Explanation:

@@ -24,6 +24,14 @@ REASONS = {
 _NO_MISS = ("", "policy", "weights", "unprofitable")
 
 
+def check_min_flops(min_flops: float) -> None:
+    """Raises ValueError unless it is a part of the whole."""
+    if not 0 <= min_flops <= 1:
+        raise ValueError(
+            f"`min_flops` = {min_flops} must be from 0 to 1: it is a part of the whole"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class ExplainedProduct:
     """One matrix product or convolution of a compiled program.
@@ -122,6 +130,24 @@ class Explanation:
     def misses(self) -> tuple[ExplainedProduct, ...]:
         """The products that are not in 8 bits, those that the policy leaves apart."""
         return tuple(each for each in self.products if each.is_miss)
+
+    def assert_quantized(self, min_flops: float = 0.95) -> None:
+        """Fails unless enough of the operations are in 8 bits; see `mp.assert_quantized`.
+
+        Args:
+          min_flops: the part of `flops` that must be.
+
+        Raises:
+          AssertionError: it is less; the message is a table of the products that are not.
+          ValueError: `min_flops` is not from 0 to 1.
+        """
+        check_min_flops(min_flops)
+        if self.share_in_8_bits < min_flops:
+            offending = [each for each in self.products if each.reason != ""]
+            raise AssertionError(
+                f"{self.share_in_8_bits:.1%} of the operations are in 8 bits on {self.target}, "
+                f"less than min_flops = {min_flops:.1%}. These are not:\n{table(offending)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain Python values."""

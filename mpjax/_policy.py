@@ -98,7 +98,8 @@ class DTypePolicy:
         Args:
             target: As in `mpjax.resolve_target`; None is the device at hand.
             when: As in `mpjax.wrap`. The policy of a wrapped model says `"profitable"` by its
-                `profitable_on`, which is not part of the name or the config.
+                `profitable_on`, which a saved model keeps; it is not part of the name. Of such a
+                policy `target` alone changes what it is profitable on.
 
         Raises:
             TypeError: If `target` is no target.

@@ -1,6 +1,7 @@
 """Policies that quantize: a `Mode` on top of the dtypes of another policy."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,7 @@ from ._scaling import (
     check_history_length,
     check_margin,
 )
-from ._target import Target, resolve_target
+from ._target import Target, resolve_target, targets
 
 
 @jax.tree_util.register_static
@@ -48,6 +49,9 @@ class QuantizedDTypePolicy(DTypePolicy):
         kv_cache: As in `DTypePolicy`.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
+        profitable_on: The target on which a layer is left in its source precision if quantizing
+            it costs time, as `resolve_target` takes it, or the fields of one; None quantizes every
+            layer. `resolve` sets it. Not part of the name.
 
     Attributes:
         mode: The canonical mode string.
@@ -55,8 +59,6 @@ class QuantizedDTypePolicy(DTypePolicy):
         scheme: The mode as a `Mode`: formats, granularity, group size.
         amax_history_length: Steps of amax history that delayed scaling looks back on; the other
             modes have no history and ignore it.
-        profitable_on: The target on which a layer is left in its source precision if quantizing
-            it costs time; None quantizes every layer. Only `resolve` sets it.
 
     Raises:
         TypeError: If `source_name` is not a string.
@@ -95,6 +97,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         kv_cache: str | None = None,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
+        profitable_on: Target | Mapping[str, Any] | str | None = None,
     ):
         source = source_fields(source_name, loss_scale, output_dtype, kv_cache)
         scheme = parse_mode(
@@ -121,11 +124,14 @@ class QuantizedDTypePolicy(DTypePolicy):
         set_fields(self, name=name, mode=scheme.name, scheme=scheme, **source)
         set_fields(self, symmetric=scheme.symmetric, margin=margin, amax_algorithm=amax_algorithm)
         set_fields(self, amax_history_length=amax_history_length)
-        set_fields(self, quantize_attention=bool(quantize_attention), profitable_on=None)
+        set_fields(self, quantize_attention=bool(quantize_attention))
+        set_fields(self, profitable_on=_target(profitable_on))
 
     def resolve(self, target: str | Target | None = None, *, when: str = "always") -> DTypePolicy:
         """Returns the policy for one kind of hardware; see `DTypePolicy.resolve`."""
         check_when(when)
+        if self.profitable_on is not None and target is not None:
+            when = "profitable"  # it is, and now there
         if self.scheme.weights != AUTO8 and when == "always":
             return super().resolve(target)
         target = resolve_target(target)
@@ -171,7 +177,9 @@ class QuantizedDTypePolicy(DTypePolicy):
         margin = {} if self.margin == 0 else {"margin": self.margin}
         algorithm = {"amax_algorithm": self.amax_algorithm} if self.amax_algorithm != "max" else {}
         attention = {"quantize_attention": True} if self.quantize_attention else {}
-        source = self._source_config()
+        on = self.profitable_on
+        profitable = {} if on is None else {"profitable_on": _target_config(on)}
+        source = self._source_config() | profitable
         return {**config, **symmetric, **history, **margin, **algorithm, **attention, **source}
 
 
@@ -200,6 +208,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         kv_cache: As in `DTypePolicy`.
         loss_scale: As in `DTypePolicy`; `"auto"` goes by `source_name`.
         output_dtype: As in `DTypePolicy`.
+        profitable_on: As in `QuantizedDTypePolicy`.
 
     Raises:
         TypeError: If `amax_history_length` is not an integer.
@@ -229,6 +238,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
         kv_cache: str | None = None,
         loss_scale: LossScale | float | str | None = "auto",
         output_dtype: Any = None,
+        profitable_on: Target | Mapping[str, Any] | str | None = None,
     ):
         super().__init__(
             mode,
@@ -245,6 +255,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
             kv_cache=kv_cache,
             loss_scale=loss_scale,
             output_dtype=output_dtype,
+            profitable_on=profitable_on,
         )
         if not self.scheme.weights.startswith("float8"):
             raise ValueError(
@@ -255,3 +266,18 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, defaults left out, as a JSON-serializable dict."""
         return {**super().get_config(), "amax_history_length": self.amax_history_length}
+
+
+def _target(identifier: Target | Mapping[str, Any] | str | None) -> Target | None:
+    """What `_target_config` wrote, or None."""
+    if isinstance(identifier, Mapping):
+        fields: dict[str, Any] = dict(identifier)
+        return Target(**{**fields, "kinds": tuple(fields.get("kinds", ()))})
+    return None if identifier is None else resolve_target(identifier)
+
+
+def _target_config(target: Target) -> str | dict[str, Any]:
+    """The name of a target of the table; the fields of one that a user described."""
+    if target in targets():
+        return target.name
+    return {**dataclasses.asdict(target), "peak": target.rates, "kinds": list(target.kinds)}

@@ -96,10 +96,10 @@ def _policy_for(policy: DTypePolicy, target: Target) -> DTypePolicy:
     if scheme.weights == AUTO8:
         return policy.with_mode("auto8").resolve(target)
     is_whole = scheme.activations != "none" and scheme.granularity != "128x128"
-    if not is_whole or scheme.weights in target.dtypes:
-        return policy
-    mode = _ELSEWHERE.get(scheme.weights, {}).get(target.eight_bits or "")
-    return policy if mode is None else policy.with_mode(mode)
+    if is_whole and scheme.weights not in target.dtypes:
+        mode = _ELSEWHERE.get(scheme.weights, {}).get(target.eight_bits or "")
+        policy = policy if mode is None else policy.with_mode(mode)
+    return policy.resolve(target)  # what pays, pays there
 
 
 def is_auto(policy: Policy) -> bool:

@@ -9,9 +9,10 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
 # libtpu reads its flags once, when the first test of the TPU compiler loads it: where Mosaic, which
-# compiles Pallas kernels, is to write its programs. There is no TPU host that it could ask.
+# compiles Pallas kernels, is to write its programs, and the size of its stacks (why is told in
+# `mpjax/_compile_target.py`). There is no TPU host that it could ask.
 _MOSAIC = tempfile.TemporaryDirectory(prefix="mpjax-mosaic-")
-_DUMP = f"--xla_mosaic_dump_to={_MOSAIC.name}"
+_DUMP = f"--xla_mosaic_dump_to={_MOSAIC.name} --fibers_default_thread_stack_size=1048576"
 os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP}".strip()
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 

@@ -15,7 +15,10 @@ CONFIG = Path(__file__).parent / "data" / "h200_target_config.textproto"
 
 
 def h200_compiler() -> Callable[..., Any]:
-    """Compiles a function of some arguments for an H200; returns the optimized program."""
+    """Compiles a function of some arguments for an H200; returns the optimized program.
+
+    Keywords are options of the compiler.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_gpu_autotune_level=0" not in flags:  # autotuning runs kernels on the GPU
         pytest.fail("it needs XLA_FLAGS=--xla_gpu_autotune_level=0: run `make test-gpu`")
@@ -27,9 +30,9 @@ def h200_compiler() -> Callable[..., Any]:
         pytest.fail(f"no NVIDIA compiler: run `make test-gpu`, which installs it. {error}")
     sharding = SingleDeviceSharding(topology.devices[0])
 
-    def compile(function, *args):
+    def compile(function, *args, **options):
         jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
-        return jitted.lower(*args).compile().as_text()
+        return jitted.lower(*args).compile(compiler_options=options).as_text()
 
     return compile
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import mpjax as mp
+from tests.demo_programs import multiplied
 from tests.test_kernels_tpu_compile import compiled, mosaic
-from tests.test_quantized_model_tpu_compile import products
 
 __all__ = ["compiled", "mosaic"]  # fixtures
 pytestmark = pytest.mark.tpu_compile
@@ -48,8 +48,8 @@ def checkpoint(tmp_path_factory):
 def test_one_file_is_int8_or_float8_operands(compiled, checkpoint, chip):
     model = mp.wrap(MLP(), mp.load_policy(checkpoint), target=chip)
     variables = mp.load(checkpoint, target=chip)
-    found = products(compiled(chip, model.apply, variables, X).as_text())
-    assert found == [(OPERANDS[chip], OPERANDS[chip])] * 2
+    found = multiplied(compiled(chip, model.apply, variables, X).as_text())
+    assert found == {(OPERANDS[chip], OPERANDS[chip]): 2}
 
 
 @pytest.mark.parametrize("chip", OPERANDS)
@@ -57,14 +57,14 @@ def test_nnx_for_each_chip(compiled, chip):
     make = nnx.eval_shape(lambda: mp.quantize(mp.wrap(MLPNNX(nnx.Rngs(0)), AUTO8, target=chip)))
     graph, state = nnx.split(make)
     run = compiled(chip, lambda state, x: nnx.merge(graph, state)(x), nnx.as_pure(state), X)
-    assert products(run.as_text()) == [(OPERANDS[chip], OPERANDS[chip])] * 2
+    assert multiplied(run.as_text()) == {(OPERANDS[chip], OPERANDS[chip]): 2}
 
 
 def test_this_check_notices_the_source_precision(compiled, checkpoint):
     model = mp.wrap(MLP(), mp.load_policy(checkpoint), target="v4")
     variables = mp.load(checkpoint, target="v4")
-    found = products(compiled("v6e", model.apply, variables, X).as_text())
-    assert found == [("bf16", "bf16")] * 2
+    found = multiplied(compiled("v6e", model.apply, variables, X).as_text())
+    assert found == {("bf16", "bf16"): 2}
 
 
 class Thin(nn.Module):
@@ -103,7 +103,7 @@ def test_a_profitable_model_leaves_the_thin_layer(compiled):
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     quantized = jax.eval_shape(lambda v: mp.quantize(model, v, x), shapes)
     text = compiled("v6e", model.apply, quantized, x).as_text()
-    assert products(text) == [("bf16", "bf16"), ("s8", "s8")]
+    assert multiplied(text) == {("bf16", "bf16"): 1, ("s8", "s8"): 1}
 
 
 @pytest.mark.parametrize("chip", OPERANDS)

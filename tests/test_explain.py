@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mpjax as mp
+from mpjax._compile_target import Compiled
+from mpjax._explain import explanation_of
 from mpjax_kernels import _native_weight
 from mpjax_kernels._native_library import native_refusal
 from tests.explain_helpers import missed, program, read_both_ways, reported
@@ -250,3 +253,127 @@ def test_what_is_no_function():
 
 def test_every_reason_is_explained():
     assert all(mp.REASONS[reason] for reason in ("", "policy", "unmatched", "island", "author"))
+
+
+def test_arrays_that_are_split_over_devices_are_refused_by_name():
+    mesh = jax.make_mesh((8,), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    x = jax.ShapeDtypeStruct((64, INPUTS), jnp.float32, sharding=split)
+    w = jax.device_put(jnp.ones((INPUTS, OUTPUTS)), whole)
+    message = r"`{}` of shape \(64, 64\) is split over 8 devices, but a program is compiled for one"
+    with pytest.raises(NotImplementedError, match=message.format(r"args\[0\]")):
+        mp.explain(jnp.dot, x, w)
+    with pytest.raises(NotImplementedError, match=message.format(r"kwargs\['x'\]\['a'\]")):
+        mp.explain(lambda x, w: x["a"] @ w, x={"a": x}, w=w)
+    # One that every device has as a whole is the same on one of them.
+    (row,) = mp.explain(jnp.dot, jax.ShapeDtypeStruct(x.shape, x.dtype), w).products
+    assert row.flops == 2 * 64 * INPUTS * OUTPUTS
+
+
+def test_what_jax_says_of_a_mesh_in_the_function_has_a_remedy_added():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def constrained(x):
+        split = NamedSharding(mesh, PartitionSpec("data"))
+        return jax.lax.with_sharding_constraint(x @ x, split)
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    with pytest.raises(ValueError, match="incompatible devices") as raised:
+        mp.explain(constrained, x)
+    assert any("compiled for one device, without a mesh" in n for n in raised.value.__notes__)
+    with pytest.raises(ValueError, match="unrelated") as raised:
+        mp.explain(unrelated, x)
+    assert not any("without a mesh" in n for n in getattr(raised.value, "__notes__", ()))
+
+
+# Two products of 8 x 16 x 32, one of int8 and one of bfloat16.
+HALF = """HloModule half
+
+ENTRY %main (a: s8[8,16], b: s8[16,32], c: bf16[8,16], d: bf16[16,32]) -> (s32[8,32], f32[8,32]) {
+  %a = s8[8,16]{1,0} parameter(0)
+  %b = s8[16,32]{1,0} parameter(1)
+  %c = bf16[8,16]{1,0} parameter(2)
+  %d = bf16[16,32]{1,0} parameter(3)
+  %int8 = s32[8,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %wide = f32[8,32]{1,0} dot(%c, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = (s32[8,32]{1,0}, f32[8,32]{1,0}) tuple(%int8, %wide)
+}
+"""
+
+
+def read(text, target):
+    """What is read of a program if it was compiled for a target."""
+    return explanation_of(Compiled(mp.resolve_target(target), 1, text, None, {}))
+
+
+def half(target):
+    return read(HALF, target)
+
+
+def test_what_is_asked_for_is_compared_with_the_exact_part():
+    found = half("v6e")
+    assert found.share_in_8_bits == 0.5
+    found.assert_quantized(0.5)
+    with pytest.raises(AssertionError, match=r"50\.0% of the operations are in 8 bits on v6e"):
+        found.assert_quantized(0.500001)
+    with pytest.raises(ValueError, match="`min_flops` = -1 must be from 0 to 1"):
+        found.assert_quantized(-1)
+
+
+def test_8_bits_that_the_target_does_not_multiply_are_emulated():
+    reasons = {target: [row.reason for row in half(target).products] for target in ("v6e", "tpu7x")}
+    assert reasons == {"v6e": ["", "outside"], "tpu7x": ["emulated", "outside"]}
+    assert half("tpu7x").share_in_8_bits == 0.0
+
+
+TILED = """HloModule tiled
+
+ENTRY %main (a: bf16[8,100], b: bf16[100,200]) -> f32[8,200] {
+  %a = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[100,200]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %y = f32[8,200]{1,0:T(8,128)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_tiles_are_read_as_a_whole():
+    found = read(TILED, "v6e")
+    (row,) = found.products
+    values, tiles = 2 * (8 * 100 + 100 * 200), 2 * (8 * 128 + 104 * 256)
+    assert (row.weight_bytes, row.padding_bytes) == (tiles, tiles - values)
+    assert (found.bytes_read, found.bytes_written) == (tiles, 4 * 8 * 256)
+
+
+LOOP = """HloModule loop
+
+%body (s: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %s = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%s), index=1
+  %y = f32[8,16]{1,0} negate(%x)
+  ROOT %next = (s32[], f32[8,16]{1,0}) tuple(%i, %y)
+}
+
+%condition (t: (s32[], f32[8,16])) -> pred[] {
+  %t = (s32[], f32[8,16]{1,0}) parameter(0)
+  ROOT %always = pred[] constant(true)
+}
+
+ENTRY %main (u: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %u = (s32[], f32[8,16]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,16]{1,0}) while(%u), condition=%condition, body=%body, KNOWN
+}
+"""
+
+
+def test_the_bytes_of_a_loop_are_those_of_all_its_turns():
+    known = 'backend_config={"known_trip_count":{"n":"5"}}'
+    found = read(LOOP.replace("KNOWN", known), "v6e")
+    assert (found.bytes_read, found.bytes_written) == (5 * 512, 5 * 512)
+    assert found.unknown_loops == 0
+    once = read(LOOP.replace(", KNOWN", ""), "v6e")
+    assert (once.bytes_read, once.unknown_loops) == (512, 1)
+
+
+def unrelated(x):
+    raise ValueError("unrelated")

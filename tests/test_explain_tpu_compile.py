@@ -1,5 +1,9 @@
 """`mp.explain` for TPUs, by the real TPU compiler."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -79,3 +83,27 @@ def test_a_vector_times_a_matrix_is_found_on_the_vector_unit_in_every_turn_of_a_
     # Everything is read once, and nothing but the vectors beside it.
     assert row.weight_bytes <= found.bytes_read <= 1.01 * row.weight_bytes
     assert found.estimated_seconds is None and found.estimated_cycles is not None
+
+
+CAUSAL = """
+import flax.linen as nn, jax, jax.numpy as jnp, mpjax as mp
+
+class Causal(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        mask = nn.make_causal_mask(x[..., 0])
+        return nn.MultiHeadDotProductAttention(2)(x, mask=mask)
+
+x = jax.ShapeDtypeStruct((4, 128, 256), jnp.bfloat16)
+model = mp.wrap(Causal(), "int8_from_mixed_bfloat16")
+variables = jax.eval_shape(lambda x: mp.quantize(model, model.init(jax.random.key(0), x), x), x)
+print(len(mp.explain(model.apply, variables, x, target="v5e").products))
+"""
+
+
+def test_the_compiler_survives_causal_attention_on_v5e():
+    # In a process where nobody else has loaded libtpu, with the flags that it reads once.
+    environment = {k: v for k, v in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
+    command = [sys.executable, "-c", CAUSAL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr

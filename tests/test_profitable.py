@@ -1,5 +1,6 @@
 """`when="profitable"`: the roofline that decides, and the layers that it leaves as they are."""
 
+import json
 import re
 import warnings
 
@@ -267,6 +268,56 @@ def test_what_it_decides_is_part_of_the_policy_and_of_caches():
     profitable = policy.resolve(SLOW, when="profitable")
     assert profitable.profitable_on == SLOW and policy.profitable_on is None
     assert profitable != policy and profitable.name == policy.name
-    assert profitable.get_config() == policy.get_config()
+    named = policy.resolve("v6e", when="profitable")
+    assert named.get_config() == {**policy.get_config(), "profitable_on": "v6e"}
     with pytest.raises(ValueError, match="`when` is 'sometimes': it must be 'always' or 'profi"):
         mp.wrap(MLP(), POLICY, when="sometimes")
+
+
+@pytest.mark.parametrize("on", [SLOW, "v6e"])
+def test_a_config_restores_it(on):
+    policy = mp.get_policy(POLICY).resolve(on, when="profitable")
+    config = json.loads(json.dumps(mp.serialize(policy)))
+    assert mp.deserialize(config) == policy
+    assert mp.deserialize(config).profitable_on == mp.resolve_target(on)
+    delayed = mp.get_policy("float8_from_mixed_bfloat16").resolve(on, when="profitable")
+    assert mp.deserialize(mp.serialize(delayed)) == delayed
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_a_saved_model_leaves_the_same_layers(api, tmp_path):
+    path = tmp_path / "model.safetensors"
+    if api == "linen":
+        model = mp.wrap(MLP(), POLICY, target=SLOW, when="profitable")
+        quantized = mp.quantize(model, model.init(jax.random.key(1), X), X)
+        mp.save(path, quantized, policy=model.policy)
+        loaded = mp.load(path)
+        again = mp.wrap(MLP(), mp.load_policy(path))  # without when= and target=
+        thin = loaded["params"]["thin"]["kernel"]
+        before, after = model.apply(quantized, X), again.apply(loaded, X)
+        assert int8_products(again.apply, loaded, X) == 1
+    else:
+        model = mp.wrap(MLPNNX(nnx.Rngs(0)), POLICY, target=SLOW, when="profitable")
+        mp.save(path, mp.quantize(model))
+        again = mp.wrap(MLPNNX(nnx.Rngs(1)), mp.load_policy(path))
+        mp.load(path, again)
+        thin = again.thin.kernel.get_raw_value()
+        before, after = model(X), again(X)
+        assert int8_products(lambda x: again(x), X) == 1
+    assert isinstance(thin, jax.Array)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_for_another_target_it_is_judged_there(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = mp.wrap(MLP(), POLICY, target=SLOW, when="profitable")
+    quantized = mp.quantize(model, model.init(jax.random.key(1), X), X)
+    mp.save(path, quantized, policy=model.policy)
+    policy = mp.load_policy(path, target="tpu7x")
+    assert (policy.mode, policy.profitable_on.name) == ("float8/row", "tpu7x")
+    assert mp.load_policy(path, target="v5e").profitable_on.name == "v5e"
+    loaded = mp.load(path, target="tpu7x")["params"]
+    assert loaded["wide"]["kernel"].format.name == "float8_e4m3fn"
+    assert isinstance(loaded["thin"]["kernel"], jax.Array)
+    moved = mp.wrap(MLP(), mp.load_policy(path), target="v6e").policy
+    assert (moved.mode, moved.profitable_on.name) == ("int8", "v6e")

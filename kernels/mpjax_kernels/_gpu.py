@@ -87,6 +87,24 @@ def _matrix_dot(
 
 
 def _stack(x: Shaped[Array, "..."], *kinds: tuple[int, ...]) -> Shaped[Array, "b _ _"]:
-    """The axes of each kind as one."""
+    """The axes of each kind as one.
+
+    Neighbours become one before anything moves. XLA folds the transpose of a matrix into the dot,
+    but that of a weight [K, heads, depth] it writes to memory, at every step of decoding.
+    """
     sizes = [math.prod(x.shape[a] for a in kind) for kind in kinds]
-    return x.transpose(sum(kinds, ())).reshape(sizes)
+    runs = [run for kind in kinds for run in _neighbours(kind)]
+    stored = sorted(runs)
+    x = x.reshape([math.prod(x.shape[a] for a in run) for run in stored])
+    return x.transpose([stored.index(run) for run in runs]).reshape(sizes)
+
+
+def _neighbours(axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The axes cut into runs that follow each other: (2, 3, 0) into (2, 3) and (0,)."""
+    runs: list[tuple[int, ...]] = []
+    for axis in axes:
+        if runs and runs[-1][-1] == axis - 1:
+            runs[-1] += (axis,)
+        else:
+            runs.append((axis,))
+    return runs
