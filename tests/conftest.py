@@ -2,18 +2,12 @@
 
 import os
 import tempfile
-from pathlib import Path
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-# libtpu reads its flags once, when the first test of the TPU compiler loads it: where Mosaic, which
-# compiles Pallas kernels, is to write its programs. There is no TPU host that it could ask.
-_MOSAIC = tempfile.TemporaryDirectory(prefix="mpjax-mosaic-")
-_DUMP = f"--xla_mosaic_dump_to={_MOSAIC.name}"
-os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP}".strip()
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU host that libtpu could ask
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -25,12 +19,6 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@pytest.fixture(scope="session")
-def mosaic_folder():
-    """The folder that Mosaic writes its programs to."""
-    return Path(_MOSAIC.name)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 import mpjax as mp
-from tests.test_kernels_tpu_compile import compiled, mosaic
+from tests.test_kernels_tpu_compile import compiled, compiler
 from tests.test_quantized_model_tpu_compile import products
 
-__all__ = ["compiled", "mosaic"]  # fixtures
+__all__ = ["compiled", "compiler"]  # fixtures
 pytestmark = pytest.mark.tpu_compile
 
 AUTO8 = "auto8_from_mixed_bfloat16"

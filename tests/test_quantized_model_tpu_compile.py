@@ -10,9 +10,9 @@ from flax import nnx
 from jax import export as jax_export
 
 import mpjax as mp
-from tests.test_kernels_tpu_compile import compiled, mosaic
+from tests.test_kernels_tpu_compile import compiled, compiler
 
-__all__ = ["compiled", "mosaic"]  # fixtures
+__all__ = ["compiled", "compiler"]  # fixtures
 pytestmark = pytest.mark.tpu_compile
 
 WIDTH, VOCABULARY, LENGTH = 256, 512, 128

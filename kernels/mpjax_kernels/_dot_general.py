@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _cpu, _gpu, _native, _reference, _tpu, _xla
+from . import _cpu, _gpu, _native, _reference, _xla
 from ._arguments import as_operand, refuse_integer_result, result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
 from ._derivative import linear_in_array, without_derivative
@@ -18,14 +18,12 @@ from ._layout import stored_axes
 from ._qtensor import QTensor
 from ._storage import as_stored
 
-# In the order they are tried when none is named. The last one takes everything. XLA comes before
-# the TPU kernel, which nobody has timed against it: that one has to be named.
+# In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
     "native": Implementation(_native.refusal, _native.dot_general, ("cpu",), is_native=True),
     "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
     "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
-    "tpu": Implementation(_tpu.refusal, _tpu.dot_general, ("tpu",)),
     "reference": Implementation(_reference.refusal, _reference.dot_general),
 }
 # Those that XLA can differentiate: linear in an array beside a QTensor, in every bit.
@@ -67,8 +65,6 @@ def dot_general(
       float32 sums. An array keeps its dtype, the values of a QTensor beside it are converted to
       that. Scales are applied in float32 after the dot, or after the dot of each group where they
       vary along a contracting axis.
-    - `"tpu"`: a Pallas TPU kernel, for two QTensors of integers or two of float8 whose scales
-      are constant along the contracting axes or vary per group of a multiple of 128 terms.
     - `"reference"`: anything. Dequantizes to float32 and multiplies in full float32. It is
       the definition of the result; the others differ from it only by float32 rounding.
 
