@@ -111,7 +111,7 @@ def weight(case: Case, format: str, **options: Any) -> Any:
 def by_xla(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The library's product, and its arguments."""
     format, x = FORMATS[case.target], array(jnp.bfloat16, case.rows, case.terms)
-    out = {"preferred_element_type": jnp.bfloat16}
+    out = {"preferred_element_type": jnp.bfloat16, "implementation": "xla"}
     if case.kind in ("dlhs", "drhs"):
         g = array(jnp.bfloat16, case.rows, case.columns)
         other = weight(case, format) if case.kind == "dlhs" else x

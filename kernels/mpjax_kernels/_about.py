@@ -52,5 +52,5 @@ def implementations(platform: str) -> tuple[str, ...]:
         name
         for name, each in IMPLEMENTATIONS.items()
         if (not each.platforms or platform in each.platforms)
-        and not (each.is_native and native_refusal(INT8[0]))
+        and not (name == "native" and native_refusal(INT8[0]))
     )
