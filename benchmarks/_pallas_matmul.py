@@ -1,11 +1,12 @@
-"""Pallas TPU kernels for quantized products, which are no part of the library: contenders.
+"""Pallas TPU kernels for quantized products, with blocks to choose from: contenders.
 
     fused_rows    quantizes whole rows in VMEM and multiplies them by 8-bit blocks: the quantized
                   activation is never in memory
     grouped       multiplies several groups of terms per step, each by its scales, and adds them up
                   in VMEM
 
-Sizes must be multiples of the blocks. Both were tuned by hand for what `tpu_kernels.py` asks.
+For bfloat16 by integers `grouped` is the kernel of `mpjax_kernels/_tpu.py`, here without what that
+has for other sizes. Sizes must be multiples of the blocks.
 """
 
 import dataclasses

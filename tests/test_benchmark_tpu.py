@@ -44,7 +44,7 @@ window_bounds: (1, 64)
   0x15   :  {}
   0x16   :  {}
   0x17   :  { %15 = vsyncpa [#allocation2], 1 }
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture

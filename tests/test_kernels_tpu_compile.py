@@ -145,7 +145,7 @@ def test_the_products_of_all_groups_are_added_up_in_one_pass(
     rows, terms, columns = 2048, 2048, 1024
 
     def run(x, w):
-        return mk.matmul(x, w, preferred_element_type=jnp.bfloat16)
+        return mk.matmul(x, w, preferred_element_type=jnp.bfloat16, implementation="xla")
 
     x, w = activation(rows, terms), weight(rhs, terms, columns, transposed=transposed, **options)
     if lhs is not None:
@@ -159,6 +159,26 @@ def test_the_products_of_all_groups_are_added_up_in_one_pass(
     assert program.memory_analysis().temp_size_in_bytes < rows * columns
     widest = {"bf16"} if lhs is None else {"s8", "f8e4m3fn"}
     assert multiplied_dtypes(text) <= widest | {"s4", "s8"}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_many_rows_by_a_weight_in_groups_reach_the_kernel(compiled, chip):
+    def layer(x, w):
+        return nn.silu(mk.matmul(x, w, preferred_element_type=jnp.bfloat16))
+
+    for rows, calls in ((256, 1), (255, 0)):
+        for transposed in (False, True)[: calls + 1]:
+            w = weight("int4", 4096, 384, transposed=transposed, group_size=128)
+            program = compiled(chip, layer, activation(rows, 4096), w)
+            text = program.as_text()
+            assert text.count('custom_call_target="tpu_custom_call"') == calls
+            assert bool(multiplied_dtypes(text)) != bool(calls)
+            assert program.memory_analysis().temp_size_in_bytes < w.size / 10
+    # Rows and columns that no block divides, the longest group, and int8.
+    for terms, columns, group in ((2560, 200, 1280), (8192, 130, 4096)):
+        w = weight("int8", terms, columns, group_size=group)
+        text = compiled(chip, layer, activation(1000, terms), w).as_text()
+        assert text.count('custom_call_target="tpu_custom_call"') == 1
 
 
 @pytest.mark.parametrize(("chip", "format", "_"), NATIVE)

@@ -55,7 +55,7 @@ def dot_general(
       of float8, or a float32 or bfloat16 array and a QTensor of int8 or int4, where the package was
       built with them; in programs for one device, or inside of `jax.shard_map`, and not in
       exported ones.
-    - `"tpu"`: on TPUs, a Pallas kernel for 512 rows of bfloat16 or more by a QTensor of int8 or
+    - `"tpu"`: on TPUs, a Pallas kernel for 256 rows of bfloat16 or more by a QTensor of int8 or
       int4 with a scale per group of a multiple of 128 terms; in the same programs as `"native"`.
     - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same
       exact sums; a few rows of a 16-bit array by integers, the rows as integers of 23 bits (off by

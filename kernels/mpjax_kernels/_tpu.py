@@ -1,13 +1,13 @@
-"""A Pallas TPU kernel: many rows of bfloat16 by a weight of integers with a scale per group of terms.
+"""A Pallas TPU kernel: rows of bfloat16 by a weight of integers with a scale per group of terms.
 
 A step multiplies a block of rows by a block of the weight group by group, on the matrix unit. Each
 group's product meets its scales as it leaves the unit and is added to the sum in VMEM:
 
     sum += (x[:, group] @ w[group]) * scale[group]        in float32
 
-XLA makes one pass of it too, but of more instructions: by the schedules of the compilers of v5e, v6e
-and TPU7x it takes 1.1 to 1.4 times as many cycles (`benchmarks/results/tpu_kernels.jsonl`). Where
-scales do not vary along the contracted axis, no kernel that we know is faster than XLA.
+XLA makes one pass of it too, but of more instructions, as the schedules of libtpu tell
+(`benchmarks/results/tpu_kernels.jsonl`). Where scales do not vary along the contracted axis, we
+know of no kernel that is faster than XLA on all chips.
 """
 
 import math
@@ -28,11 +28,11 @@ from ._qtensor import QTensor, describe
 from ._storage import spread
 from ._varying import varying_axes
 
-LANES = 128
-# Beside fewer rows it is no faster than XLA, or not by much.
-FEWEST_ROWS = 512
-# These blocks fit into the 16 MiB of VMEM that a kernel may use unless it asks for more, and are the
-# fastest of those that were tried: `benchmarks/tpu_kernels.py` tries others beside them.
+SUBLANES, LANES = 16, 128  # a tile of bfloat16
+# Beside fewer rows it is slower than XLA on v5e; which chip it is for is not known when it is chosen.
+FEWEST_ROWS = 256
+# These blocks fit into the 16 MiB of VMEM that a kernel may use unless it asks for more, and are
+# the fastest of those that were tried: `benchmarks/tpu_kernels.py` tries others beside them.
 _ROWS, _COLUMNS, _TERMS = 512, 256, 4096
 
 
@@ -45,11 +45,12 @@ class Blocks:
     terms: int
 
 
-def blocks_for(columns: int, terms: int, group: int) -> Blocks:
+def blocks_for(rows: int, columns: int, terms: int, group: int) -> Blocks:
     """The blocks of a product with a scale per so many terms."""
     groups, most = terms // group, _TERMS // group
     per_step = max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
-    return Blocks(_ROWS, min(_COLUMNS, columns), per_step * group)
+    each = math.ceil(rows / math.ceil(rows / _ROWS))
+    return Blocks(math.ceil(each / SUBLANES) * SUBLANES, min(_COLUMNS, columns), per_step * group)
 
 
 def refusal(
@@ -72,7 +73,7 @@ def refusal(
             f"of {_TERMS} at most"
         )
     if c.rows < FEWEST_ROWS or c.columns == 0:
-        return f"`lhs` has {c.rows} rows: XLA is as fast beside fewer than {FEWEST_ROWS}"
+        return f"`lhs` has {c.rows} rows: XLA is faster beside fewer than {FEWEST_ROWS}"
     if varying_axes(lhs, rhs):
         return "inside `jax.shard_map` a Pallas kernel needs `check_vma=False`"
     return None
@@ -107,7 +108,7 @@ def dot_general(
         # TPUs have no float64, and float16 on some only.
         jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32),
         transposed=transposed,
-        blocks=blocks or blocks_for(c.columns, c.terms, _group(rhs, c)),
+        blocks=blocks or blocks_for(c.rows, c.columns, c.terms, _group(rhs, c)),
         interpret=interpret,
     )
     return result.reshape(c.result_shape).astype(dtype)
