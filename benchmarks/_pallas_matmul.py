@@ -156,9 +156,10 @@ def grouped(x: Any, w: Any, x_scale: Any, w_scale: Any, *, blocks: Blocks, vmem:
     steps, per_step = terms // b.terms, b.terms // GROUP
     if x_scale is None:
         x_scale = jnp.ones((1, rows, 1))
+    is_shared = x_scale.shape[-1] == 1
     x_scale = x_scale.reshape(rows, -1, min(per_step, x_scale.shape[-1])).transpose(1, 0, 2)
     return pl.pallas_call(
-        partial(_grouped_kernel, steps=steps, shares_scale=x_scale.shape[0] == 1),
+        partial(_grouped_kernel, steps=steps, shares_scale=is_shared),
         out_shape=jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         grid=(rows // b.rows, columns // b.columns, steps),
         in_specs=[
@@ -166,7 +167,7 @@ def grouped(x: Any, w: Any, x_scale: Any, w_scale: Any, *, blocks: Blocks, vmem:
             pl.BlockSpec((b.terms, b.columns), lambda i, j, k: (k, j)),
             pl.BlockSpec(
                 (None, b.rows, x_scale.shape[2]),
-                lambda i, j, k: (0 if x_scale.shape[0] == 1 else k, i, 0),
+                lambda i, j, k: (0 if is_shared else k, i, 0),
             ),
             pl.BlockSpec((per_step, 1, b.columns), lambda i, j, k: (k, 0, j)),
         ],

@@ -29,7 +29,7 @@ from ._storage import spread
 from ._varying import varying_axes
 
 SUBLANES, LANES = 16, 128  # a tile of bfloat16
-# Beside fewer rows it is slower than XLA on v5e; which chip it is for is not known when it is chosen.
+# Beside fewer rows XLA is faster on v5e, and which chip it is for is not known when it is chosen.
 FEWEST_ROWS = 256
 # These blocks fit into the 16 MiB of VMEM that a kernel may use unless it asks for more, and are
 # the fastest of those that were tried: `benchmarks/tpu_kernels.py` tries others beside them.
