@@ -72,14 +72,16 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
+BENCH_TPU := benchmarks/decode_bytes.py benchmarks/tpu_kernels.py
+
 bench: .venv/bench.stamp
-	@for script in $(filter-out benchmarks/decode_bytes.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
+	@for script in $(filter-out $(BENCH_TPU),$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	  echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
 
-# It asks the TPU compiler, and times nothing.
+# They ask the TPU compiler, and time nothing.
 bench-tpu: .venv/dev,tpu.stamp
-	$(BIN)/python benchmarks/decode_bytes.py $(ARGS)
+	@for script in $(BENCH_TPU); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
 
 # `touch` comes last, so an installation that was interrupted is done again.
 .venv/%.stamp: pyproject.toml hatch_build.py $(wildcard kernels/mpjax_kernels/native/*)

@@ -33,7 +33,7 @@ from ._target import Target
 Operand = jax.Array | mk.QTensor | PreScaledWeight
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
-IN_8_BITS = ("native", "cpu", "gpu", "xla")
+IN_8_BITS = ("native", "tpu", "cpu", "gpu", "xla")
 _CONVIN_8_BITS = ("cpu", "xla")
 
 

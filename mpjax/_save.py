@@ -103,8 +103,10 @@ def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]]
 def _unresolved(given: Any, own: Policy) -> Policy:
     """An `"auto8"` policy that became the model's own on some hardware; else a ValueError."""
     policy, mine = freeze(get_policy(given)), serialize(own)
-    if is_auto(policy) and any(serialize(policy.resolve(each)) == mine for each in targets()):
-        return policy
+    for target in targets() if is_auto(policy) else ():
+        became = (policy.resolve(target, when=when) for when in ("always", "profitable"))
+        if mine in map(serialize, became):
+            return policy
     raise ValueError(
         f"`policy` is {given!r}, but the NNX model is wrapped with {own!r}: it is saved with that, "
         "or with the 'auto8' policy that became it; leave `policy` out, or call mp.wrap(model, "

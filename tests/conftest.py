@@ -2,18 +2,15 @@
 
 import os
 import tempfile
-from pathlib import Path
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-# libtpu reads its flags once, when the first test of the TPU compiler loads it: where Mosaic, which
-# compiles Pallas kernels, is to write its programs, and the size of its stacks (why is told in
-# `mpjax/_compile_target.py`). There is no TPU host that it could ask.
-_MOSAIC = tempfile.TemporaryDirectory(prefix="mpjax-mosaic-")
-_DUMP = f"--xla_mosaic_dump_to={_MOSAIC.name} --fibers_default_thread_stack_size=1048576"
-os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_DUMP}".strip()
+# libtpu reads its flags once, when the first test of the TPU compiler loads it: the size of its
+# stacks (why is told in `mpjax/_compile_target.py`). There is no TPU host that it could ask.
+_STACKS = "--fibers_default_thread_stack_size=1048576"
+os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_STACKS}".strip()
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
 import jax  # noqa: E402
@@ -26,12 +23,6 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@pytest.fixture(scope="session")
-def mosaic_folder():
-    """The folder that Mosaic writes its programs to."""
-    return Path(_MOSAIC.name)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from flax import nnx
 
 import mpjax as mp
 from tests.demo_programs import multiplied
-from tests.test_kernels_tpu_compile import compiled, mosaic
+from tests.test_kernels_tpu_compile import compiled, compiler
 
-__all__ = ["compiled", "mosaic"]  # fixtures
+__all__ = ["compiled", "compiler"]  # fixtures
 pytestmark = pytest.mark.tpu_compile
 
 AUTO8 = "auto8_from_mixed_bfloat16"

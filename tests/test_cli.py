@@ -148,7 +148,7 @@ def test_what_was_noted_when_the_package_was_built(monkeypatch, tmp_path):
 
 def test_the_kernels_of_a_platform_in_the_order_they_are_tried():
     assert mk.implementations("cuda") == ("gpu", "xla", "reference")
-    assert mk.implementations("tpu") == ("xla", "reference")
+    assert mk.implementations("tpu") == ("tpu", "xla", "reference")
     on_cpus = mk.implementations("cpu")
     assert on_cpus[-3:] == ("cpu", "xla", "reference")
     assert ("native" in on_cpus) == (mk.native_kernels().isa is not None)

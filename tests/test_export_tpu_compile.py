@@ -7,9 +7,9 @@ from jax import export as jax_export
 
 import mpjax as mp
 from tests.demo_programs import LAYERS, SHAPE, TOKENS, models, multiplied
-from tests.test_kernels_tpu_compile import compiled, mosaic
+from tests.test_kernels_tpu_compile import compiled, compiler
 
-__all__ = ["compiled", "mosaic"]  # fixtures
+__all__ = ["compiled", "compiler"]  # fixtures
 pytestmark = pytest.mark.tpu_compile
 
 

@@ -1,4 +1,4 @@
-"""quantized_matmul: quantize and matmul in one call. Its TPU kernel is in test_kernels_tpu.py."""
+"""quantized_matmul: quantize and matmul in one call."""
 
 import jax
 import jax.numpy as jnp

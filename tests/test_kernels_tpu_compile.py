@@ -1,7 +1,6 @@
-"""What the real TPU compiler makes of quantized products. It needs `jax[tpu]` but no TPU.
+"""What the real TPU compiler makes of quantized products: the optimized program.
 
-Two kinds of evidence: the optimized program of XLA, and for the Pallas kernels, which are one
-opaque instruction there, the data formats of the matrix unit in the code that Mosaic generates.
+It needs `jax[tpu]` but no TPU.
 """
 
 import re
@@ -11,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -28,13 +26,12 @@ ROWS, TERMS, COLUMNS = 256, 2048, 1024
 
 
 @pytest.fixture(scope="module")
-def mosaic(mosaic_folder):
-    """The folder that Mosaic writes its programs to, where there is a TPU compiler."""
+def compiler():
+    """Fails where there is no TPU compiler."""
     try:
         _device("v6e")
     except Exception as error:
         pytest.fail(f"no TPU compiler: pip install 'jax[tpu]', or `make test-tpu`. {error}")
-    return mosaic_folder
 
 
 def _device(chip):
@@ -44,7 +41,7 @@ def _device(chip):
 
 
 @pytest.fixture
-def compiled(mosaic):
+def compiled(compiler):
     """Compiles a function for a chip."""
 
     def compile(chip, function, *args):
@@ -105,14 +102,6 @@ def _product(shape):
     return result
 
 
-def matrix_unit_formats(folder, before):
-    """What Mosaic's code for the kernels compiled since `before` tells the matrix unit to read."""
-    formats = set()
-    for path in set(folder.glob("*post-finalize-llo.txt")) - before:
-        formats |= set(re.findall(r"matmul_data_format<([\w.]+)>", path.read_text()))
-    return formats
-
-
 @pytest.mark.parametrize(("chip", "format", "name"), NATIVE)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_xla_multiplies_the_stored_values(compiled, chip, format, name, transposed):
@@ -137,90 +126,69 @@ def test_these_checks_notice_a_dequantized_weight(compiled, chip, format, name):
     assert bytes_beside_the_weight(program, w.size) >= 2 * w.size
 
 
-# What the matrix unit reads. v5e and v6e have no E4M3 and TPU7x has no int8: Mosaic widens those
-# to bfloat16, on the way into the unit or before.
-FORMATS = [
-    ("v5e", "int8", {"s8"}),
-    ("v6e", "int8", {"s8"}),
-    ("tpu7x", "int8", {"bf16"}),
-    ("v5e", E4M3, {"e4m3b_to_bf16"}),
-    ("v6e", E4M3, {"e4m3b_to_bf16"}),
-    ("tpu7x", E4M3, {"e4m3b"}),
+# The formats of an activation and a weight, and how the scales of both are shared.
+RUNS = {"axis": 1, "group_size": 128}
+BLOCKS = {"axis": (0, 1), "group_size": (128, 128)}
+IN_GROUPS = [
+    ("v6e", None, "int4", {"group_size": 128}),
+    ("v6e", "int8", "int4", {"group_size": 128}),
+    ("v5e", None, "int8", {"group_size": 256}),
+    ("tpu7x", E4M3, E4M3, BLOCKS),
 ]
 
 
-@pytest.mark.parametrize(("chip", "format", "formats"), FORMATS)
+@pytest.mark.parametrize(("chip", "lhs", "rhs", "options"), IN_GROUPS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_fused_kernel_quantizes_and_multiplies_in_one_pass(
-    compiled, mosaic, chip, format, formats, transposed
+def test_the_products_of_all_groups_are_added_up_in_one_pass(
+    compiled, chip, lhs, rhs, options, transposed
 ):
-    before = set(mosaic.iterdir())
-    run = partial(mk.quantized_matmul, format=format, implementation="tpu")
-    program = compiled(chip, run, activation(), weight(format, transposed=transposed))
-    text = program.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 1
-    assert multiplied_dtypes(text) == set()  # nothing is left for XLA to multiply
-    # Neither the quantized activation nor another form of the weight is in HBM.
-    assert bytes_beside_the_weight(program, TERMS * COLUMNS) < ROWS * TERMS / 10
-    assert matrix_unit_formats(mosaic, before) == formats
-
-
-@pytest.mark.parametrize(("chip", "format", "formats"), FORMATS)
-def test_the_product_of_two_qtensors(compiled, mosaic, chip, format, formats):
-    before = set(mosaic.iterdir())
-    run = partial(by_two_qtensors, format=format, implementation="tpu")
-    program = compiled(chip, run, activation(), weight(format))
-    assert multiplied_dtypes(program.as_text()) == set()
-    assert bytes_beside_the_weight(program, TERMS * COLUMNS) < TERMS * COLUMNS
-    assert matrix_unit_formats(mosaic, before) == formats
-
-
-@pytest.mark.parametrize("chip", CHIPS)
-def test_a_dequantizing_kernel_would_be_noticed(compiled, mosaic, chip):
-    def kernel(x_ref, w_ref, out_ref):
-        wide = w_ref[...].astype(jnp.float32).astype(jnp.bfloat16)
-        out_ref[...] = jnp.dot(x_ref[...], wide, preferred_element_type=jnp.float32)
+    rows, terms, columns = 2048, 2048, 1024
 
     def run(x, w):
-        shape = jax.ShapeDtypeStruct((ROWS, 256), jnp.float32)
-        return pl.pallas_call(kernel, out_shape=shape)(x, w)
+        return mk.matmul(x, w, preferred_element_type=jnp.bfloat16, implementation="xla")
 
-    before = set(mosaic.iterdir())
-    compiled(chip, run, activation(terms=256), jax.ShapeDtypeStruct((256, 256), jnp.int8))
-    assert matrix_unit_formats(mosaic, before) == {"bf16"}
-
-
-RAGGED = [
-    (1, 1, 1, {}),
-    (7, 37, 5, {}),
-    (130, 1031, 1033, {}),
-    (130, 1031, 1033, {"transposed": True}),
-    (1, 4096, 4096, {"transposed": True}),
-    (512, 16384, 1024, {}),  # few rows of the activation fit into VMEM
-    (33, 1024, 257, {"group_size": 128}),
-]
-
-
-@pytest.mark.parametrize(("rows", "terms", "columns", "options"), RAGGED)
-@pytest.mark.parametrize("chip", CHIPS)
-def test_ragged_shapes_compile(compiled, chip, rows, terms, columns, options):
-    x = activation(rows, terms, jnp.float32)
-    for lhs, rhs in (("int8", "int8"), ("int8", "int4"), (E4M3, E5M2)):
-        w = weight(rhs, terms, columns, dtype=jnp.float32, **options)
-        run = partial(mk.quantized_matmul, format=lhs, implementation="tpu")
-        two = partial(by_two_qtensors, format=lhs, implementation="tpu")
-        text = compiled(chip, lambda x, w, run=run, two=two: (run(x, w), two(x, w)), x, w).as_text()
-        assert text.count('custom_call_target="tpu_custom_call"') == 2
+    x, w = activation(rows, terms), weight(rhs, terms, columns, transposed=transposed, **options)
+    if lhs is not None:
+        how = RUNS if options is BLOCKS else {"axis": 1}
+        x = jax.eval_shape(lambda x: mk.quantize(x, lhs, **how), x)
+    program = compiled(chip, run, x, w)
+    text = program.as_text()
+    # A loop over groups would read and write the sums, and a batch of them would not fit.
+    assert " while(" not in text
+    assert terms // 256 * rows * columns * 4 > 32 * 2**20
+    assert program.memory_analysis().temp_size_in_bytes < rows * columns
+    widest = {"bf16"} if lhs is None else {"s8", "f8e4m3fn"}
+    assert multiplied_dtypes(text) <= widest | {"s4", "s8"}
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_batches_and_vmap_compile(compiled, chip):
-    run = partial(mk.quantized_matmul, implementation="tpu")
+def test_many_rows_by_a_weight_in_groups_reach_the_kernel(compiled, chip):
+    def layer(x, w):
+        return nn.silu(mk.matmul(x, w, preferred_element_type=jnp.bfloat16))
+
+    for rows, calls in ((256, 1), (255, 0)):
+        for transposed in (False, True)[: calls + 1]:
+            w = weight("int4", 4096, 384, transposed=transposed, group_size=128)
+            program = compiled(chip, layer, activation(rows, 4096), w)
+            text = program.as_text()
+            assert text.count('custom_call_target="tpu_custom_call"') == calls
+            assert bool(multiplied_dtypes(text)) != bool(calls)
+            assert program.memory_analysis().temp_size_in_bytes < w.size / 10
+    # Rows and columns that no block divides, the longest group, and int8.
+    for terms, columns, group in ((2560, 200, 1280), (8192, 130, 4096)):
+        w = weight("int8", terms, columns, group_size=group)
+        text = compiled(chip, layer, activation(1000, terms), w).as_text()
+        assert text.count('custom_call_target="tpu_custom_call"') == 1
+
+
+@pytest.mark.parametrize(("chip", "format", "_"), NATIVE)
+def test_batches_and_vmap_compile(compiled, chip, format, _):
+    run = partial(mk.quantized_matmul, format=format)
     x = jax.ShapeDtypeStruct((3, 40, 300), jnp.bfloat16)
-    compiled(chip, jax.vmap(run, in_axes=(0, None)), x, weight("int8", 300, 200))
+    compiled(chip, jax.vmap(run, in_axes=(0, None)), x, weight(format, 300, 200))
 
     def batched(x, w):
-        return mk.matmul(mk.quantize(x, axis=2), mk.quantize(w, axis=1), implementation="tpu")
+        return mk.matmul(mk.quantize(x, format, axis=2), mk.quantize(w, format, axis=1))
 
     compiled(chip, batched, x, jax.ShapeDtypeStruct((3, 300, 200), jnp.bfloat16))
 

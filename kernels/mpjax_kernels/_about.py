@@ -9,7 +9,6 @@ from ._dot_general import IMPLEMENTATIONS
 from ._native_library import _PATH, FLOAT8, INT8, native_refusal
 
 _BUILD_NOTE = Path(__file__).parent / "native_build.txt"  # written by hatch_build.py
-_ONLY_IF_NAMED = ("tpu",)
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,5 @@ def implementations(platform: str) -> tuple[str, ...]:
         name
         for name, each in IMPLEMENTATIONS.items()
         if (not each.platforms or platform in each.platforms)
-        and name not in _ONLY_IF_NAMED
-        and not (each.is_native and native_refusal(INT8[0]))
+        and not (name == "native" and native_refusal(INT8[0]))
     )

@@ -18,14 +18,13 @@ from ._layout import stored_axes
 from ._qtensor import QTensor
 from ._storage import as_stored
 
-# In the order they are tried when none is named. The last one takes everything. XLA comes before
-# the TPU kernel, which nobody has timed against it: that one has to be named.
+# In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
     "native": Implementation(_native.refusal, _native.dot_general, ("cpu",), is_native=True),
+    "tpu": Implementation(_tpu.refusal, _tpu.dot_general, ("tpu",), is_native=True),
     "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
     "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
-    "tpu": Implementation(_tpu.refusal, _tpu.dot_general, ("tpu",)),
     "reference": Implementation(_reference.refusal, _reference.dot_general),
 }
 # Those that XLA can differentiate: linear in an array beside a QTensor, in every bit.
@@ -56,6 +55,8 @@ def dot_general(
       of float8, or a float32 or bfloat16 array and a QTensor of int8 or int4, where the package was
       built with them; in programs for one device, or inside of `jax.shard_map`, and not in
       exported ones.
+    - `"tpu"`: on TPUs, a Pallas kernel for 256 rows of bfloat16 or more by a QTensor of int8 or
+      int4 with a scale per group of a multiple of 128 terms; in the same programs as `"native"`.
     - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same
       exact sums; a few rows of a 16-bit array by integers, the rows as integers of 23 bits (off by
       2**-22 of their amax) unless `precision` asks for more; and products in bfloat16 or float32 of
@@ -67,8 +68,6 @@ def dot_general(
       float32 sums. An array keeps its dtype, the values of a QTensor beside it are converted to
       that. Scales are applied in float32 after the dot, or after the dot of each group where they
       vary along a contracting axis.
-    - `"tpu"`: a Pallas TPU kernel, for two QTensors of integers or two of float8 whose scales
-      are constant along the contracting axes or vary per group of a multiple of 128 terms.
     - `"reference"`: anything. Dequantizes to float32 and multiplies in full float32. It is
       the definition of the result; the others differ from it only by float32 rounding.
 

@@ -33,15 +33,27 @@ def grouped_dot(
     rhs: Array | QTensor,
     contraction: Contraction,
     product: Callable[[Array | QTensor, Array | QTensor, Contraction], Float[Array, "*out"]],
+    *,
+    at_once: bool | None = None,
 ) -> Float[Array, "*out"]:
-    """The sum over groups of `product`, which takes scales constant along contracting axes."""
+    """The sum over groups of `product`, which takes scales constant along contracting axes.
+
+    Args:
+        lhs: An array or a QTensor.
+        rhs: An array or a QTensor.
+        contraction: Their axes.
+        product: Multiplies one group.
+        at_once: Whether the groups are a batch axis of one product; None decides by its size.
+    """
     c = contraction
     runs = tuple(_runs(lhs, a, rhs, b) for a, b in zip(c.lhs_contract, c.rhs_contract, strict=True))
     lhs, rhs = _stack(lhs, c.lhs_contract, runs), _stack(rhs, c.rhs_contract, runs)
     groups = math.prod(runs)
     one = replace(c, lhs_shape=lhs.shape[1:], rhs_shape=rhs.shape[1:])
-    known = not any(map(is_symbolic_dim, c.result_shape))
-    if known and groups * math.prod(c.result_shape) <= _AT_ONCE:
+    if at_once is None:
+        known = not any(map(is_symbolic_dim, c.result_shape))
+        at_once = known and groups * math.prod(c.result_shape) <= _AT_ONCE
+    if at_once:
         # Batch axes come first in the result, so the groups are its first axis.
         return jnp.sum(product(lhs, rhs, _with_batch(one, lhs.shape, rhs.shape)), axis=0)
     total, _ = jax.lax.scan(

@@ -18,8 +18,8 @@ from ._varying import vary_like
 
 Operand = Array | QTensor
 
-_NOT_NATIVE = (
-    "'native': the program is for several devices, for another platform or for export, and cannot "
+_NO_CALL = (
+    "{name!r}: the program is for several devices, for another platform or for export, and cannot "
     "hold a native call"
 )
 
@@ -44,7 +44,8 @@ class Implementation:
         run: Computes the operation from its operands, arrays and QTensors without a layout, and
             static arguments.
         platforms: Where it runs, by the names of `jax.lax.platform_dependent`; empty: everywhere.
-        is_native: Whether it calls native CPU kernels, where a program may have such calls.
+        is_native: Whether it calls kernels that XLA cannot look into, where a program may have
+            such calls; they run on one platform.
     """
 
     refusal: Callable[..., str | None]
@@ -86,7 +87,8 @@ def choose(
             reasons.append(f"{name!r}: {reason}")
         elif table[name].is_native:
             rest = {other: table[other] for other in names[i + 1 :]}
-            return _native(run, _Rest(tuple(rest.items()), static), operands)
+            platform = table[name].platforms[0]
+            return _native(run, _Rest(name, tuple(rest.items()), static), operands, platform)
         elif table[name].platforms:
             branches = {place: run for place in table[name].platforms} | branches
         else:
@@ -107,12 +109,14 @@ def choose(
 class _Rest:
     """The choice among the implementations that come after a native one."""
 
+    name: str
     table: tuple[tuple[str, Implementation], ...]
     static: tuple
 
     def __call__(self, *operands: Operand) -> Array:
         if not self.table:
-            raise NotImplementedError(_no_implementation(describe_all(operands), [_NOT_NATIVE]))
+            reason = _NO_CALL.format(name=self.name)
+            raise NotImplementedError(_no_implementation(describe_all(operands), [reason]))
         return choose(dict(self.table), None, operands, *self.static)
 
 
@@ -127,11 +131,12 @@ class _OfLeaves:
         return (self.function(*jax.tree.unflatten(self.tree, leaves)),)
 
 
-def _native(run: _Run, rest: _Rest, operands: tuple[Operand, ...]) -> Array:
+def _native(run: _Run, rest: _Rest, operands: tuple[Operand, ...], platform: str) -> Array:
     """A native kernel where the program may have it, and otherwise the choice among the rest."""
     leaves, tree = jax.tree.flatten(operands)
     result = jax.eval_shape(run, *operands)
-    return native_or(_OfLeaves(run, tree), _OfLeaves(rest, tree), [result], *leaves)[0]
+    functions = _OfLeaves(run, tree), _OfLeaves(rest, tree)
+    return native_or(*functions, [result], *leaves, platform=platform)[0]
 
 
 def _now(

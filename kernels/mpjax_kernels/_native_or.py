@@ -1,4 +1,4 @@
-"""A choice that is made when a program is lowered: a native CPU kernel, or what XLA can compute.
+"""A choice that is made when a program is lowered: a kernel of ours, or what XLA can compute.
 
 Only then is it known what the program is for. XLA cannot partition a call of ours, so a program
 for several devices has none (but inside of `jax.shard_map`, where every device runs its own); an
@@ -25,19 +25,21 @@ def native_or(
     results: Sequence[jax.ShapeDtypeStruct],
     *operands: Array,
     all_mapped: bool = False,
+    platform: str = "cpu",
 ) -> tuple[Array, ...]:
     """`native(*operands)` where it can run, else `otherwise(*operands)`.
 
     Args:
-        native: Computes arrays by calls of native kernels; hashable.
+        native: Computes arrays by calls of kernels that XLA cannot look into; hashable.
         otherwise: Computes the same without; hashable.
         results: The shapes and dtypes of what both return.
         *operands: Arrays.
+        platform: Where they run.
         all_mapped: Whether `jax.vmap` takes `otherwise` unless it maps all operands.
     """
     shapes = tuple((tuple(r.shape), jax.numpy.dtype(r.dtype)) for r in results)
     options = {"native": native, "otherwise": otherwise, "results": shapes}
-    out = _native_or_p.bind(*operands, **options, all_mapped=all_mapped)
+    out = _native_or_p.bind(*operands, **options, all_mapped=all_mapped, platform=platform)
     return tuple(vary_like(each, operands) for each in out)
 
 
@@ -77,30 +79,31 @@ def _shapes(*_: Any, results: tuple, **__: Any):
     return [ShapedArray(shape, dtype) for shape, dtype in results]
 
 
-def _batch(operands, axes, *, native, otherwise, results, all_mapped):
+def _batch(operands, axes, *, native, otherwise, results, all_mapped, platform):
     axes = tuple(a if isinstance(a, int) else None for a in axes)
     if all_mapped and None in axes:
         return jax.vmap(otherwise, axes)(*operands), (0,) * len(results)
     size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
     mapped = tuple(((size, *shape), dtype) for shape, dtype in results)
     functions = {"native": _Mapped(native, axes), "otherwise": _Mapped(otherwise, axes)}
-    out = _native_or_p.bind(*operands, **functions, results=mapped, all_mapped=all_mapped)
+    options = {"results": mapped, "all_mapped": all_mapped, "platform": platform}
+    out = _native_or_p.bind(*operands, **functions, **options)
     return out, (0,) * len(results)
 
 
 batching.primitive_batchers[_native_or_p] = _batch
 
 
-def _lower(ctx: Any, *operands: Any, native: Any, otherwise: Any, **_: Any):
-    function = native if _runs_here(ctx) else otherwise
+def _lower(ctx: Any, *operands: Any, native: Any, otherwise: Any, platform: str, **_: Any):
+    function = native if _runs_here(ctx, platform) else otherwise
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
 
-def _runs_here(ctx: Any) -> bool:
-    """Whether what is lowered is for one CPU, or for one at a time, of this process."""
+def _runs_here(ctx: Any, platform: str) -> bool:
+    """Whether what is lowered is for one such device, or for one at a time, of this process."""
     module = ctx.module_context
     if (
-        tuple(ctx.platforms or module.platforms) != ("cpu",)
+        tuple(ctx.platforms or module.platforms) != (platform,)
         or module.lowering_parameters.for_export
     ):
         return False

@@ -9,7 +9,6 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-from . import _tpu
 from ._arguments import result_dtype
 from ._contraction import Contraction, contraction
 from ._derivative import without_derivative
@@ -37,8 +36,7 @@ def quantized_matmul(
 ) -> Float[Array, "*batch n"]:
     """`matmul(quantize(x, format, axis=-1), w)`: dynamic activations, a scale per row.
 
-    The implementations are those of `dot_general`, in its order, and quantize first; but `"tpu"`
-    is one Pallas kernel that quantizes `x` in VMEM, multiplies, and rescales.
+    The implementations are those of `dot_general`, in its order, and quantize first.
 
     Args:
         x: Activations of a floating dtype.
@@ -105,4 +103,4 @@ IMPLEMENTATIONS = {
         product.is_native,
     )
     for name, product in PRODUCTS.items()
-} | {"tpu": Implementation(_tpu.fused_refusal, _tpu.fused, ("tpu",))}
+}

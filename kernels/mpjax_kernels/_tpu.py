@@ -1,27 +1,56 @@
-"""Products by the Pallas TPU kernels: what they take, and in which form they take it."""
+"""A Pallas TPU kernel: rows of bfloat16 by a weight of integers with a scale per group of terms.
+
+A step multiplies a block of rows by a block of the weight group by group, on the matrix unit. Each
+group's product meets its scales as it leaves the unit and is added to the sum in VMEM:
+
+    sum += (x[:, group] @ w[group]) * scale[group]        in float32
+
+XLA makes one pass of it too, but of more instructions, as the schedules of libtpu tell
+(`benchmarks/results/tpu_kernels.jsonl`). Where scales do not vary along the contracted axis, we
+know of no kernel that is faster than XLA on all chips.
+"""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.export import is_symbolic_dim
+from jaxtyping import Array, BFloat16, Float, Int
 
 from ._contraction import Contraction
-from ._formats import Format
 from ._qtensor import QTensor, describe
-from ._quantize import quantize
 from ._storage import spread
-from ._tpu_blocks import LANES, Blocks, fused_blocks
-from ._tpu_fused import fused_matmul
-from ._tpu_matmul import scaled_matmul
 from ._varying import varying_axes
-from ._xla import overflow
 
-_FORMATS = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
-_ACTIVATION_FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
+SUBLANES, LANES = 16, 128  # a tile of bfloat16
+# Beside fewer rows XLA is faster on v5e, and which chip it is for is not known when it is chosen.
+FEWEST_ROWS = 256
+# These blocks fit into the 16 MiB of VMEM that a kernel may use unless it asks for more, and are
+# the fastest of those that were tried: `benchmarks/tpu_kernels.py` tries others beside them.
+_ROWS, _COLUMNS, _TERMS = 512, 256, 4096
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The sizes of one step: `[rows, terms] x [terms, columns]`, the terms in whole groups."""
+
+    rows: int
+    columns: int
+    terms: int
+
+
+def blocks_for(rows: int, columns: int, terms: int, group: int) -> Blocks:
+    """The blocks of a product with a scale per so many terms."""
+    groups, most = terms // group, _TERMS // group
+    per_step = max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
+    each = math.ceil(rows / math.ceil(rows / _ROWS))
+    return Blocks(math.ceil(each / SUBLANES) * SUBLANES, min(_COLUMNS, columns), per_step * group)
 
 
 def refusal(
@@ -29,24 +58,34 @@ def refusal(
 ) -> str | None:
     """Why the kernel does not multiply these; None if it does."""
     c = contraction
-    if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
-        name, array = ("rhs", rhs) if isinstance(lhs, QTensor) else ("lhs", lhs)
-        return f"`{name}` is {describe(array)}: it multiplies two QTensors"
-    reason = (
-        _shard_map_refusal(lhs, rhs)
-        or _operand_refusal("lhs", lhs, c.lhs_contract)
-        or _operand_refusal("rhs", rhs, c.rhs_contract)
-        or _pair_refusal(lhs.format, rhs.format)
-    )
-    groups = {_groups(lhs, c.lhs_contract), _groups(rhs, c.rhs_contract)} - {1}
-    if reason is None and len(groups) > 1:
-        return f"the scales of `lhs` and `rhs` vary along K in different groups, {sorted(groups)}"
-    # With groups, only the sum of a block is one of integers.
-    return reason or (None if groups else overflow(lhs, rhs, c.terms))
+    if isinstance(lhs, QTensor) or lhs.dtype != jnp.bfloat16:
+        return f"`lhs` is {describe(lhs)}: it takes an array of bfloat16"
+    if not isinstance(rhs, QTensor) or not rhs.format.is_integer or rhs.zero_point is not None:
+        return f"`rhs` is {describe(rhs)}: it takes integers without a zero point"
+    if any(map(is_symbolic_dim, (*c.lhs_shape, *c.rhs_shape))):
+        return "a size is symbolic"
+    if rhs.ndim != 2 or len(c.rhs_contract) != 1 or c.lhs_contract != (lhs.ndim - 1,):
+        return "it takes [..., K] by two axes, of which one is contracted"
+    group = _group(rhs, c)
+    if rhs.scale.shape[c.rhs_contract[0]] == 1 or group % LANES or group > _TERMS:
+        return (
+            f"`rhs` is {describe(rhs)}: it takes a scale per group of a multiple of {LANES} terms, "
+            f"of {_TERMS} at most"
+        )
+    if c.rows < FEWEST_ROWS or c.columns == 0:
+        return f"`lhs` has {c.rows} rows: XLA is faster beside fewer than {FEWEST_ROWS}"
+    if varying_axes(lhs, rhs):
+        return "inside `jax.shard_map` a Pallas kernel needs `check_vma=False`"
+    return None
+
+
+def _group(rhs: QTensor, c: Contraction) -> int:
+    axis = c.rhs_contract[0]
+    return rhs.shape[axis] // max(1, rhs.scale.shape[axis])
 
 
 def dot_general(
-    lhs: QTensor,
+    lhs: BFloat16[Array, "*batch k"],
     rhs: QTensor,
     contraction: Contraction,
     precision: Any,
@@ -54,130 +93,101 @@ def dot_general(
     *,
     blocks: Blocks | None = None,
     interpret: Any = False,
-) -> Float[Array, "*out"]:
-    """The product of two QTensors by `scaled_matmul`, as a batch of matrices.
-
-    A right operand is taken as it is stored whether its contracting axes come before its free
-    axes or after them; other orders are transposed first.
-    """
-    del precision  # products of 8-bit values are exact in float32, where they are summed
+) -> Float[Array, "*batch n"]:
+    """The product of operands that `refusal` lets pass; `interpret` as in `pallas_call`."""
+    del precision  # products of bfloat16 by 8 bits are exact in float32, in which they are summed
     c = contraction
-    if 0 in (*c.lhs_shape, *c.rhs_shape):
-        return jnp.zeros(c.result_shape, dtype)
-    transposed = c.rhs_contract != () and c.rhs_contract[-1] == len(c.rhs_shape) - 1
-    right = (c.rhs_free, c.rhs_contract) if transposed else (c.rhs_contract, c.rhs_free)
-    left = _matrices(lhs.values, c.lhs_batch, c.lhs_free, c.lhs_contract)
-    left_scale = _scales(lhs, c.lhs_batch, c.lhs_free, c.lhs_contract)
-    right_scale = _scales(rhs, c.rhs_batch, c.rhs_free, c.rhs_contract)
-    result = scaled_matmul(
-        left.astype(jnp.int8) if lhs.format.is_integer else left,
-        _matrices(rhs.values, c.rhs_batch, *right),
-        left_scale[..., None],
-        right_scale[..., None, :],
-        _kernel_dtype(dtype),
+    # A scale for every group and column: blocks of a weight may share one over several columns.
+    wide = tuple(rhs.scale.shape[a] if a in c.rhs_contract else s for a, s in enumerate(rhs.shape))
+    scale = jnp.broadcast_to(spread(rhs.scale, wide), wide)
+    transposed = c.rhs_contract == (1,)
+    result = grouped_matmul(
+        lhs.reshape(c.rows, c.terms),
+        rhs.values,
+        scale.T if transposed else scale,
+        # TPUs have no float64, and float16 on some only.
+        jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32),
         transposed=transposed,
-        blocks=blocks,
+        blocks=blocks or blocks_for(c.rows, c.columns, c.terms, _group(rhs, c)),
         interpret=interpret,
     )
     return result.reshape(c.result_shape).astype(dtype)
 
 
-def fused_refusal(
-    x: Array, w: QTensor, contraction: Contraction, format: Format, dtype: np.dtype
-) -> str | None:
-    """Why the fused kernel does not quantize `x` and multiply it by `w`; None if it does."""
-    del dtype
-    if format.name not in _ACTIVATION_FORMATS:
-        return f"it quantizes to one of {', '.join(_ACTIVATION_FORMATS)}, not to {format.name}"
-    q = jax.eval_shape(partial(quantize, format=format, axis=-1), x)
-    return refusal(q, w, contraction)
-
-
-def fused(
-    x: Float[Array, "*batch k"],
-    w: QTensor,
-    contraction: Contraction,
-    format: Format,
+def grouped_matmul(
+    lhs: BFloat16[Array, "m k"],
+    rhs: Int[Array, "_ _"],
+    scale: Float[Array, "g n"],
     dtype: np.dtype,
     *,
-    blocks: Blocks | None = None,
+    transposed: bool,
+    blocks: Blocks,
     interpret: Any = False,
-) -> Float[Array, "*batch n"]:
-    """`quantize(x, format, axis=-1)` times a weight of two axes, by `fused_matmul`.
+) -> Float[Array, "m n"]:
+    """The kernel. What a block holds beyond the edge of rows or columns reaches no result.
 
-    Where not even a few rows of `x` fit into VMEM, they are quantized before the product.
+    Args:
+        lhs: Activations.
+        rhs: int8 or int4, [K, N], or [N, K] if `transposed`.
+        scale: Of G groups of terms.
+        dtype: bfloat16 or float32.
+        transposed: Whether K is the last axis of `rhs`.
+        blocks: The size of a step; its terms divide K, and hold whole groups.
+        interpret: As in `pallas_call`, for tests.
     """
-    c = contraction
-    if 0 in (*c.lhs_shape, *c.rhs_shape):
-        return jnp.zeros(c.result_shape, dtype)
-    wide = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
-    scale = _scales(w, (), c.rhs_free, c.rhs_contract)[0]
-    blocks = blocks or fused_blocks(c.rows, c.columns, c.terms, scale.shape[0], wide.dtype.itemsize)
-    if blocks is None:
-        return dot_general(quantize(x, format, axis=-1), w, c, None, dtype, interpret=interpret)
-    result = fused_matmul(
-        wide.reshape(c.rows, c.terms),
-        w.values,
-        scale[:, None, :],
-        format,
-        _kernel_dtype(dtype),
-        transposed=c.rhs_contract == (1,),
-        blocks=blocks,
+    (rows, terms), (groups, columns), b = lhs.shape, scale.shape, blocks
+    group, steps = terms // groups, terms // b.terms
+    return pl.pallas_call(
+        partial(_kernel, steps=steps, group=group, transposed=transposed),
+        out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
+        grid=(math.ceil(rows / b.rows), math.ceil(columns / b.columns), steps),
+        in_specs=[
+            pl.BlockSpec((b.rows, b.terms), lambda i, j, k: (i, k)),
+            pl.BlockSpec((b.columns, b.terms), lambda i, j, k: (j, k))
+            if transposed
+            else pl.BlockSpec((b.terms, b.columns), lambda i, j, k: (k, j)),
+            pl.BlockSpec((b.terms // group, 1, b.columns), lambda i, j, k: (k, 0, j)),
+        ],
+        out_specs=pl.BlockSpec((b.rows, b.columns), lambda i, j, k: (i, j)),
+        scratch_shapes=[pltpu.VMEM((b.rows, b.columns), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         interpret=interpret,
-    )
-    return result.reshape(c.result_shape).astype(dtype)
+        name="grouped_matmul",
+    )(lhs, rhs, scale[:, None, :])
 
 
-def _shard_map_refusal(lhs: QTensor, rhs: QTensor) -> str | None:
-    if varying_axes(lhs, rhs):
-        return "inside `jax.shard_map` a Pallas kernel needs `check_vma=False`"
-    return None
+def _kernel(
+    lhs_ref: Any,
+    rhs_ref: Any,
+    scale_ref: Any,
+    out_ref: Any,
+    sum_ref: Any,
+    *,
+    steps: int,
+    group: int,
+    transposed: bool,
+) -> None:
+    step, axis = pl.program_id(2), 1 if transposed else 0
 
+    @pl.when(step == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
 
-def _operand_refusal(name: str, q: QTensor, contract: tuple[int, ...]) -> str | None:
-    if q.format.name not in _FORMATS:
-        return f"`{name}` is {describe(q)}: it takes {', '.join(_FORMATS)}"
-    if q.zero_point is not None:
-        return f"`{name}` is {describe(q)}: it takes no zero point"
-    grouped = [a for a in contract if q.scale.shape[a] != 1]
-    if not grouped or q.size == 0:
-        return None
-    if len(contract) > 1:
-        return f"`{name}` is {describe(q)}: its scale varies along one of several contracting axes"
-    group = q.shape[grouped[0]] // q.scale.shape[grouped[0]]
-    if group % LANES == 0:
-        return None
-    return f"`{name}` is {describe(q)}: a scale per {group} terms, which {LANES} does not divide"
+    total = sum_ref[...]
+    for i in range(lhs_ref.shape[1] // group):
+        terms = slice(i * group, (i + 1) * group)
+        rhs = rhs_ref[:, terms] if transposed else rhs_ref[terms, :]
+        product = jax.lax.dot_general(
+            lhs_ref[:, terms],
+            rhs.astype(jnp.bfloat16),  # which holds integers of 8 bits
+            (((1,), (axis,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        total += product * scale_ref[i]
+    sum_ref[...] = total
 
-
-def _pair_refusal(lhs: Format, rhs: Format) -> str | None:
-    if lhs.is_integer == rhs.is_integer:
-        return None
-    return f"it multiplies integers, or float8 formats, but not {lhs.name} by {rhs.name}"
-
-
-def _groups(q: QTensor, contract: tuple[int, ...]) -> int:
-    return math.prod(q.scale.shape[a] for a in contract)
-
-
-def _kernel_dtype(dtype: np.dtype) -> np.dtype:
-    """What the kernel writes: TPUs have no float64, and float16 on some only."""
-    return jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32)
-
-
-def _matrices(
-    values: Shaped[Array, "..."],
-    batch: tuple[int, ...],
-    first: tuple[int, ...],
-    second: tuple[int, ...],
-) -> Shaped[Array, "b _ _"]:
-    sizes = (math.prod(values.shape[a] for a in axes) for axes in (batch, first, second))
-    return values.transpose(batch + first + second).reshape(tuple(sizes))
-
-
-def _scales(
-    q: QTensor, batch: tuple[int, ...], free: tuple[int, ...], contract: tuple[int, ...]
-) -> Float[Array, "b g _"]:
-    """The scales spelled out along batch and free axes, with the groups of terms before those."""
-    wide = tuple(q.scale.shape[a] if a in contract else size for a, size in enumerate(q.shape))
-    return _matrices(jnp.broadcast_to(spread(q.scale, wide), wide), batch, contract, free)
+    @pl.when(step == steps - 1)
+    def _():
+        out_ref[...] = total.astype(out_ref.dtype)

@@ -63,10 +63,12 @@ def dot_general(
     product = partial(scaled_dot, dot=partial(_dot, precision=precision))
     if is_grouped(lhs, contraction.lhs_contract) or is_grouped(rhs, contraction.rhs_contract):
         groups = partial(grouped_dot, contraction=contraction, product=product)
-        if not _tpu_rows.takes_groups(lhs, rhs, contraction):
-            return groups(lhs, rhs).astype(dtype)
-        rows = partial(_tpu_rows.grouped_dot, contraction=contraction, precision=precision)
-        return jax.lax.platform_dependent(lhs, rhs, tpu=rows, default=groups).astype(dtype)
+        # XLA:TPU adds the products of all groups up as they leave the matrix unit, however many
+        # and large they are; other compilers would write them to memory first.
+        on_tpu = partial(groups, at_once=True)
+        if _tpu_rows.takes_groups(lhs, rhs, contraction):
+            on_tpu = partial(_tpu_rows.grouped_dot, contraction=contraction, precision=precision)
+        return jax.lax.platform_dependent(lhs, rhs, tpu=on_tpu, default=groups).astype(dtype)
     return product(lhs, rhs, contraction).astype(dtype)
 
 
