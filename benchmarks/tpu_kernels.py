@@ -183,11 +183,10 @@ def row(case: Case, listings: Path) -> dict[str, Any]:
     )
     measure = partial(account, target=case.target, listings=listings, floor=floor)
     xla = measure(function, args)
-    tried = [
-        (blocks, found)
-        for blocks, function, args in by_pallas(case)
-        if (found := if_it_fits(partial(measure, function, args))) is not None
-    ]
+    tried = []
+    for blocks, by_blocks, arguments in by_pallas(case):
+        measured = if_it_fits(partial(measure, by_blocks, arguments))
+        tried += [] if measured is None else [(blocks, measured)]
     found: dict[str, Any] = {"xla": dataclasses.asdict(xla)}
     ratio = None
     if tried:
@@ -223,7 +222,7 @@ def if_it_fits(measure: Callable[[], Account]) -> Account | None:
 
 def line(row: dict[str, Any]) -> str:
     """A row for the screen."""
-    pallas: Account | dict[str, Any] = row.get("pallas", {})
+    pallas: dict[str, Any] = row.get("pallas", {})
     cycles = f"{row['xla']['cycles']:>9,} {pallas.get('cycles', 0):>9,}"
     return (
         f"{row['case']:<34} {row['floor']:>9,} {cycles} {row['ratio'] or 0:>6.2f} {row['winner']}"

@@ -27,7 +27,8 @@ _CONTROL |= {
     "custom_lin",
     "run_state",
 } | _RECOMPUTED
-_OPERATIONS = {"ragged_dot_general"}  # of JAX, when XLA adds a name of its own
+# Of JAX, when XLA adds a name of its own; and a kernel of ours.
+_OPERATIONS = {"ragged_dot_general", "mpjax_grouped_matmul"}
 _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 
 

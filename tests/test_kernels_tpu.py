@@ -128,7 +128,7 @@ def test_what_it_refuses():
 
 
 X, W = traced(1024, 512), weight(512, 256)
-KERNEL = 'kernel_name = "grouped_matmul"'
+KERNEL = 'kernel_name = "mpjax_grouped_matmul"'
 
 
 def text_for(platform, function, *args, **options):

@@ -181,6 +181,17 @@ def test_many_rows_by_a_weight_in_groups_reach_the_kernel(compiled, chip):
         assert text.count('custom_call_target="tpu_custom_call"') == 1
 
 
+def test_the_kernel_is_explained_by_its_layer():
+    model = mp.wrap(nn.Sequential([nn.Dense(512)]), mp.QuantizedDTypePolicy("int4/128", "bfloat16"))
+    x = jax.ShapeDtypeStruct((2, 256, 1024), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        variables = jax.eval_shape(lambda v: mp.quantize(model, v, x), variables)
+        (row,) = mp.explain(model.apply, variables, x, target="v6e").products
+    assert (row.path, row.unit, row.rhs, row.reason) == ("layers_0", "Pallas", "int4", "weights")
+    assert row.flops == 2 * 512 * 1024 * 512
+
+
 @pytest.mark.parametrize(("chip", "format", "_"), NATIVE)
 def test_batches_and_vmap_compile(compiled, chip, format, _):
     run = partial(mk.quantized_matmul, format=format)
