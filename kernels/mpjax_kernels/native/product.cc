@@ -6,7 +6,7 @@
 // multiplied, so none is ever transposed or decoded anywhere else. Blocks of panels are bounded, so
 // that they stay in the second-level cache or not far from it; a tile of sums stays in the first.
 // Few rows are multiplied by columns as these come: packed in the first-level cache, or, where that
-// takes longer than the product, not at all.
+// takes longer than the product, not at all (`stream.h`, where columns lie next to each other).
 
 #include "product.h"
 
@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "scratch.h"
+#include "stream.h"
 
 namespace mpjax {
 namespace {
@@ -269,6 +270,7 @@ class Blocks {
 }  // namespace
 
 bool Compute(const DotKernels& kernels, Product product, Loop& loop) {
+  if (IsStream(kernels, product)) return Stream(kernels, product, loop);
   // The right operand fills the vectors, so it is the one with more lanes.
   const bool swap = product.right.lanes < kColumns && product.left.lanes > product.right.lanes;
   if (swap) std::swap(product.left, product.right);
