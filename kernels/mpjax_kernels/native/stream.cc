@@ -15,18 +15,11 @@ namespace mpjax {
 namespace {
 
 constexpr int64_t kMostParts = 16, kLeastPartTerms = 64;
-constexpr int64_t kStripSums = 4096;  // of the lanes of a strip and of all rows: half a first cache
 constexpr int64_t kTilesAtOnce = 8;   // tiles of columns that are written at once
 
 constexpr int kSpins = 4000;
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void WaitFor(const std::atomic<int64_t>& done, int64_t count) {
-  for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
-    if (spins > kSpins) std::this_thread::yield();
-  }
-}
 
 // The sums of a product, in the order in which `kernels.stream` leaves them.
 class Streamed {
@@ -121,6 +114,12 @@ Cut::Cut(int64_t terms, int64_t lanes, int64_t rows, int64_t unit) {
   const int64_t least = DivideUp(kLeastPartTerms, unit) * unit;
   part_terms = std::max(least, DivideUp(DivideUp(terms, most), unit) * unit);
   parts = std::max<int64_t>(1, DivideUp(terms, part_terms));
+}
+
+void WaitFor(const std::atomic<int64_t>& done, int64_t count) {
+  for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins > kSpins) std::this_thread::yield();
+  }
 }
 
 bool IsStream(const DotKernels& kernels, const Product& product) {

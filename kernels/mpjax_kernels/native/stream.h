@@ -7,11 +7,14 @@
 #ifndef MPJAX_KERNELS_NATIVE_STREAM_H_
 #define MPJAX_KERNELS_NATIVE_STREAM_H_
 
+#include <atomic>
 #include <cstdint>
 
 #include "product.h"
 
 namespace mpjax {
+
+inline constexpr int64_t kStripSums = 4096;  // of the lanes of a strip and of all rows, at most
 
 // How a matrix [terms, lanes] is cut: into parts of `part_terms` terms, and, where its rows are long,
 // into strips of `strip_lanes` lanes, whose sums stay in the first caches.
@@ -22,6 +25,9 @@ struct Cut {
   // Parts are multiples of `unit` terms, but for the last one.
   Cut(int64_t terms, int64_t lanes, int64_t rows, int64_t unit);
 };
+
+// Returns when so many pieces are done, which others have begun.
+void WaitFor(const std::atomic<int64_t>& done, int64_t count);
 
 // Whether a product is one that `Stream` computes.
 bool IsStream(const DotKernels& kernels, const Product& product);

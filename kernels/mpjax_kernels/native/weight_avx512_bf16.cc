@@ -11,6 +11,7 @@
 #if defined(__AVX512BF16__)
 
 #include "weight_avx512.h"
+#include "weight_streams.h"
 
 namespace mpjax {
 namespace {
@@ -90,7 +91,8 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
 }  // namespace
 
 const WeightKernels kAvx512WeightPairs = {2,       PackRun<true>, MultiplyWeight<AddPairs>,
-                                          DirectLanes, MultiplyDirect, Scale, WriteFloats};
+                                          DirectLanes, MultiplyDirect, Scale, WriteFloats,
+                                          StreamWeightPairs, FoldWeightPairs};
 
 }  // namespace mpjax
 

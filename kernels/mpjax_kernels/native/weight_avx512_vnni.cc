@@ -10,6 +10,7 @@
 #if defined(__AVX512VNNI__)
 
 #include "weight_avx512.h"
+#include "weight_streams.h"
 #include "weight_terms_avx512.h"
 
 namespace mpjax {
@@ -133,7 +134,7 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
 
 const WeightKernels kAvx512Weight = {1,           PackRun<false>, MultiplyWeight<AddFloats>,
                                      DirectLanes, MultiplyDirect, Scale,
-                                     WriteFloats};
+                                     WriteFloats, StreamWeight,  FoldWeight};
 
 }  // namespace mpjax
 
