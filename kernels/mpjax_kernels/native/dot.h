@@ -82,11 +82,15 @@ struct DotKernels {
   // Scales, casts and writes a tile.
   void (*write)(const Sum* sums, int64_t rows, int64_t columns, const Target& target);
 
-  // sums[row * stride + place] += the products of the first `rows` lanes of a left panel and all
+  // Lays out one row for `stream`: its terms in steps of 32 bits, as in panels, and zeros up to a
+  // multiple of kStreamTerms of them. Returns what its sums will be too large by.
+  int32_t (*lay_out)(const Source& row, int64_t terms, uint32_t* steps);
+
+  // sums[row * sum_stride + place] += the products of `rows` rows, `left_stride` steps apart, and all
   // `lanes` of the right operand, which lie next to each other. The places are in tiles of kWidth
   // lanes, in which they have an order of their own. Null if there is no such way.
-  void (*stream)(const uint16_t* left, int rows, const Source& right, int64_t lanes, int64_t terms,
-                 int64_t stride, Sum* sums);
+  void (*stream)(const uint32_t* left, int64_t left_stride, int rows, const Source& right,
+                 int64_t lanes, int64_t terms, int64_t sum_stride, Sum* sums);
 
   // tile[row * kWidth + column] = the sums that `stream` left, of all parts, of `rows` times `stride`
   // numbers each.

@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "stream_avx512.h"
+#include "streams.h"
 #include "tile_avx512.h"
 
 namespace mpjax {
@@ -172,7 +172,7 @@ void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target)
 }  // namespace
 
 const DotKernels kAvx512Int8Dot = {4, Pack, MultiplyTile<AddFours>, MultiplyUnpacked, Write,
-                                   StreamInt8, SettleInt8};
+                                   LayOutInt8, StreamInt8, SettleInt8};
 
 }  // namespace mpjax
 

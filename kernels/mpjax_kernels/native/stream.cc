@@ -1,4 +1,4 @@
-// Rows are packed first, parts are multiplied next, and then tiles of columns are added up, scaled
+// Rows are laid out first, parts are multiplied next, and then tiles of columns are added up, scaled
 // and written: all in one loop, whose indices are claimed in their order, so who waits for those
 // before waits for what others are computing, never for what nobody has begun.
 
@@ -29,12 +29,13 @@ class Streamed {
         p_(product),
         cut_(product.terms, product.right.lanes, product.left.lanes, kStreamTerms),
         padded_(DivideUp(product.right.lanes, kWidth) * kWidth),
-        left_(static_cast<size_t>(kPackLanes * kLaneNumbers * Steps(product.terms))),
+        left_stride_(DivideUp(product.terms, kStreamTerms) * kStreamTerms / kernels.terms_per_step),
+        left_(static_cast<size_t>(rows() * left_stride_ * kLaneNumbers)),
         sums_(static_cast<size_t>(2 * cut_.parts * rows() * padded_)) {}
 
   bool Run(Loop& loop) {
     if (left_.data() == nullptr || sums_.data() == nullptr) return false;
-    PackRows();
+    LayOutRows();
     const int64_t pieces = cut_.strips * cut_.parts, tiles = padded_ / kWidth;
     std::atomic<int64_t> done{0};
     auto body = [&](int64_t i) {
@@ -55,18 +56,18 @@ class Streamed {
   int rows() const { return static_cast<int>(p_.left.lanes); }
   Sum* SumsOf(int64_t part) { return reinterpret_cast<Sum*>(sums_.data()) + part * rows() * padded_; }
 
-  // Steps of a packed row, with those that fill the last terms that are multiplied at once.
-  int64_t Steps(int64_t terms) const {
-    return DivideUp(terms, kStreamTerms) * kStreamTerms / kernels_.terms_per_step;
+  uint32_t* LeftAt(int64_t row, int64_t term) {
+    return reinterpret_cast<uint32_t*>(left_.data()) + row * left_stride_ +
+           term / kernels_.terms_per_step;
   }
 
-  void PackRows() {
-    const int64_t stride = kRows * kLaneNumbers * Steps(p_.terms);
-    const int64_t packed = DivideUp(p_.terms, kTermsPerPack) * kTermsPerPack / kernels_.terms_per_step;
-    uint16_t* end = left_.data() + kRows * kLaneNumbers * packed;
-    std::memset(end, 0, static_cast<size_t>(left_.data() + stride - end) * sizeof(uint16_t));
-    kernels_.pack({p_.left.data, p_.left.lane_stride, p_.left.term_stride, p_.left.table}, rows(),
-                  p_.terms, {left_.data(), stride, true, excess_});
+  void LayOutRows() {
+    const Matrix& left = p_.left;
+    for (int row = 0; row < rows(); ++row) {
+      const Source of_row = {left.data + row * left.lane_stride, left.lane_stride, left.term_stride,
+                             left.table};
+      excess_[row] = kernels_.lay_out(of_row, p_.terms, LeftAt(row, 0));
+    }
   }
 
   void Multiply(int64_t strip, int64_t part) {
@@ -78,9 +79,8 @@ class Streamed {
       std::memset(sums + row * padded_, 0, static_cast<size_t>(DivideUp(lanes, kWidth) * kWidth) * 4);
     }
     const uint8_t* data = p_.right.data + term * p_.right.term_stride + lane;
-    const uint16_t* left = left_.data() + term / kernels_.terms_per_step * kRows * kLaneNumbers;
-    kernels_.stream(left, rows(), {data, 1, p_.right.term_stride, p_.right.table}, lanes, terms,
-                    padded_, sums);
+    const Source right = {data, 1, p_.right.term_stride, p_.right.table};
+    kernels_.stream(LeftAt(0, term), left_stride_, rows(), right, lanes, terms, padded_, sums);
   }
 
   void Write(int64_t tile) {
@@ -101,8 +101,9 @@ class Streamed {
   const Product& p_;
   const Cut cut_;
   const int64_t padded_;  // lanes, with those that fill the last tile
+  const int64_t left_stride_;  // steps of a row that is laid out
   Scratch left_, sums_;
-  int32_t excess_[kPackLanes] = {};
+  int32_t excess_[kStreamRows] = {};
 };
 
 }  // namespace

@@ -39,9 +39,20 @@ struct StreamTile {
   }
 };
 
-// Adds the products of `Rows` rows and a tile: `Kernel::Add(tile, left, total)` to registers.
-template <typename Kernel, int Rows, typename Tile>
-inline void AddTile(const Tile& tile, const uint16_t* left, int64_t stride, Sum* sums) {
+// A few rows that are laid out.
+struct StreamRows {
+  const uint32_t* steps;
+  int64_t stride;
+
+  __m512i Broadcast(int row, int step) const {
+    return _mm512_set1_epi32(static_cast<int>(steps[row * stride + step]));
+  }
+};
+
+// Adds the products of `Rows` rows and a tile, in registers: `kernel.Add(tile, rows, total)`.
+template <int Rows, typename Kernel, typename Tile>
+inline void AddTile(const Kernel& kernel, const Tile& tile, const StreamRows& rows, int64_t stride,
+                    Sum* sums) {
   __m512i total[Rows][kTileRegisters];
 #pragma GCC unroll 4
   for (int row = 0; row < Rows; ++row) {
@@ -50,7 +61,7 @@ inline void AddTile(const Tile& tile, const uint16_t* left, int64_t stride, Sum*
       total[row][i] = _mm512_loadu_si512(sums + row * stride + 16 * i);
     }
   }
-  Kernel::Add(tile, left, total);
+  kernel.Add(tile, rows, total);
 #pragma GCC unroll 4
   for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
@@ -61,9 +72,9 @@ inline void AddTile(const Tile& tile, const uint16_t* left, int64_t stride, Sum*
 }
 
 // `Terms` terms at a time, of all lanes, tile by tile.
-template <typename Kernel, int Rows, int Terms>
-void StreamRows(const uint16_t* left, const Source& right, int64_t lanes, int64_t terms,
-                int64_t stride, Sum* sums) {
+template <int Rows, int Terms, typename Kernel>
+void StreamAll(const Kernel& kernel, StreamRows rows, const Source& right, int64_t lanes,
+               int64_t terms, int64_t stride, Sum* sums) {
   const int64_t line = right.term_stride, ahead = (kStreamAhead / (Terms * line) + 1) * Terms * line;
   for (int64_t term = 0; term < terms; term += Terms) {
     const uint8_t* data = right.data + term * line;
@@ -75,13 +86,13 @@ void StreamRows(const uint16_t* left, const Source& right, int64_t lanes, int64_
       }
       if (term + Terms <= terms && lane + kWidth <= lanes) {
         const StreamTile<true> tile = {data + lane, line, Terms, ~__mmask64{0}};
-        AddTile<Kernel, Rows>(tile, left, stride, sums + lane);
+        AddTile<Rows>(kernel, tile, rows, stride, sums + lane);
       } else {
         const StreamTile<false> tile = {data + lane, line, terms - term, MaskOf(lanes - lane)};
-        AddTile<Kernel, Rows>(tile, left, stride, sums + lane);
+        AddTile<Rows>(kernel, tile, rows, stride, sums + lane);
       }
     }
-    left += Terms / Kernel::kTermsPerStep * kRows * kLaneNumbers;
+    rows.steps += Terms / Kernel::kTermsPerStep;
   }
 }
 
@@ -117,11 +128,6 @@ void SettleTile(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* t
 }
 
 }  // namespace
-
-// What stands in files of their own.
-void StreamInt8(const uint16_t* left, int rows, const Source& right, int64_t lanes, int64_t terms,
-                int64_t stride, Sum* sums);
-void SettleInt8(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* tile);
 
 }  // namespace mpjax
 
