@@ -14,7 +14,7 @@
 namespace mpjax {
 namespace {
 
-constexpr int64_t kMostParts = 16, kLeastPartTerms = 64;
+constexpr int64_t kMostParts = 16, kLeastPartTerms = 128;
 constexpr int64_t kTilesAtOnce = 8;   // tiles of columns that are written at once
 
 constexpr int kSpins = 4000;
