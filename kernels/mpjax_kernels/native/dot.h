@@ -95,6 +95,9 @@ struct DotKernels {
   // tile[row * kWidth + column] = the sums that `stream` left, of all parts, of `rows` times `stride`
   // numbers each.
   void (*settle)(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* tile);
+
+  // So many rows at most take less time by `multiply_unpacked` than packed.
+  int64_t (*unpacked_rows)(int64_t terms);
 };
 
 extern const DotKernels kPortableFloat8Dot;

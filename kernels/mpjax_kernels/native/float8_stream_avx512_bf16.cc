@@ -8,31 +8,11 @@
 
 #include <cstring>
 
+#include "float8_tables.h"
 #include "stream_avx512.h"
 
 namespace mpjax {
 namespace {
-
-// The upper and the lower bytes of 64 numbers in bfloat16.
-class Tables {
- public:
-  explicit Tables(const DecodeTable& table) {
-    for (int half = 0; half < 2; ++half) {
-      high_[half] = _mm512_loadu_si512(table.high + 64 * half);
-      low_[half] = _mm512_loadu_si512(table.low + 64 * half);
-    }
-  }
-
-  void Decode(__m512i bytes, __m512i& low, __m512i& high) const {
-    const __m512i magnitude = _mm512_permutex2var_epi8(high_[0], bytes, high_[1]);
-    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    high = _mm512_ternarylogic_epi32(magnitude, bytes, sign, 0xF8);  // magnitude | (bytes & sign)
-    low = _mm512_permutex2var_epi8(low_[0], bytes, low_[1]);
-  }
-
- private:
-  __m512i high_[2], low_[2];
-};
 
 template <int Terms>
 class Pairs {
@@ -72,7 +52,7 @@ class Pairs {
   }
 
  private:
-  const Tables tables_;
+  const Float8Tables tables_;
 };
 
 struct AddFloats {
@@ -87,7 +67,7 @@ int32_t LayOutFloat8(const Source& row, int64_t terms, uint32_t* steps) {
   uint8_t* to = reinterpret_cast<uint8_t*>(steps);
   const int64_t padded = (terms + kStreamTerms - 1) / kStreamTerms * kStreamTerms;
   std::memset(to + 2 * terms, 0, static_cast<size_t>(2 * (padded - terms)));
-  const Tables tables(*row.table);
+  const Float8Tables tables(*row.table);
   for (int64_t term = 0; term < terms; term += 64) {
     const int64_t count = terms - term < 64 ? terms - term : 64;
     alignas(64) uint8_t bytes[64] = {}, lower[64], upper[64];

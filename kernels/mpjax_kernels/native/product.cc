@@ -29,10 +29,6 @@ constexpr int64_t kFewRowSteps = 128, kStripTiles = 8;
 constexpr int64_t kBlockNumbers = int64_t{1} << 20;  // of packed numbers of an operand: 2 MiB
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
-// Unpacked, a row needs the numbers of a register to be added up for each column; packed, a column
-// is turned. So many rows, and one more for every so many terms, take less time unpacked.
-constexpr int64_t kUnpackedRows = 8, kTermsPerUnpackedRow = 24;
-
 constexpr int kSpins = 4000;
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -86,7 +82,7 @@ class Blocks {
   bool IsBetterUnpacked() const {
     return kernels_.multiply_unpacked != nullptr && p_.left.term_stride == 1 &&
            p_.right.term_stride == 1 &&
-           p_.left.lanes <= std::max(kUnpackedRows, p_.terms / kTermsPerUnpackedRow);
+           p_.left.lanes <= kernels_.unpacked_rows(p_.terms);
   }
 
   // How many columns are packed and multiplied side by side; enough strips for several threads.
@@ -207,7 +203,7 @@ class Blocks {
     const int64_t first = first_column_ + column;
     const int64_t width = std::min<int64_t>(kPackLanes, columns_ - column);
     const uint8_t* rows = reinterpret_cast<const uint8_t*>(left_);
-    kernels_.multiply_unpacked({rows, 2 * row_numbers_, 1, nullptr}, rows_,
+    kernels_.multiply_unpacked({rows, 2 * row_numbers_, 1, p_.left.table}, rows_,
                                At(p_.right, first, 0), width, p_.terms, sums);
     Write(sums, 0, rows_, first, width, nullptr);
   }

@@ -20,6 +20,11 @@ void StreamFloat8(const uint32_t* left, int64_t left_stride, int rows, const Sou
                   int64_t lanes, int64_t terms, int64_t sum_stride, Sum* sums);
 void SettleFloat8(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* tile);
 
+// Where the terms of both lie next to each other: `multiply_unpacked` and `unpacked_rows`.
+void MultiplyFloat8Terms(const Source& left, int64_t rows, Source right, int64_t columns,
+                         int64_t terms, Sum* sums);
+int64_t Float8Rows(int64_t terms);
+
 }  // namespace mpjax
 
 #endif  // MPJAX_KERNELS_NATIVE_STREAMS_H_

@@ -2,8 +2,8 @@
 // Compiled once for each instruction set, so all is in an unnamed namespace.
 //
 // A tile is 64 bytes of each of a few lines, of which a line is a term. The sums of its lanes are held
-// in registers meanwhile, and in the first cache from tile to tile. Those of int4 have the order in
-// which shifts find them: the i-th of eight registers has every eighth lane from the i-th on.
+// in registers meanwhile, and in the first cache from tile to tile, in the order in which shifts find
+// them.
 
 #ifndef MPJAX_KERNELS_NATIVE_WEIGHT_STREAM_AVX512_H_
 #define MPJAX_KERNELS_NATIVE_WEIGHT_STREAM_AVX512_H_
@@ -19,7 +19,7 @@
 namespace mpjax {
 namespace {
 
-constexpr int kTileTerms = 16, kTileBytes = 64;
+constexpr int kTileBytes = 64;
 
 // The lines of a tile. Bytes that are not there are zeros, unless it is `Whole`.
 template <bool Whole>
@@ -82,10 +82,10 @@ template <typename Kernel>
 void StreamLines(const uint8_t* data, int64_t line, int64_t bytes, int64_t terms,
                  const uint32_t* left, int64_t left_stride, int64_t rows, int64_t stride,
                  float* sums) {
-  constexpr int kLanes = 16 * Kernel::kRegisters;
-  const int64_t lines = kTileTerms * line, ahead = (kStreamAhead / lines + 1) * lines;
-  for (int64_t term = 0; term < terms; term += kTileTerms) {
-    const int here = static_cast<int>(terms - term < kTileTerms ? terms - term : kTileTerms);
+  constexpr int kLanes = 16 * Kernel::kRegisters, kTerms = Kernel::kTerms;
+  const int64_t lines = kTerms * line, ahead = (kStreamAhead / lines + 1) * lines;
+  for (int64_t term = 0; term < terms; term += kTerms) {
+    const int here = static_cast<int>(terms - term < kTerms ? terms - term : kTerms);
     const uint32_t* terms_of = left + term / Kernel::kTermsPerStep;
     float* to = sums;
     for (int64_t byte = 0; byte < bytes; byte += kTileBytes, to += kLanes) {
@@ -111,27 +111,10 @@ inline void FoldLanes(__m512 sums, const float* scales, int64_t lanes, float* to
   _mm512_mask_storeu_ps(total, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, total), scaled));
 }
 
-// Those of int8, which are in the order of the lanes.
-inline void FoldInt8(const float* sums, const float* scales, int64_t lanes, float* total) {
+// Those that are in the order of the lanes.
+inline void FoldInOrder(const float* sums, const float* scales, int64_t lanes, float* total) {
   for (int64_t lane = 0; lane < lanes; lane += 16) {
     FoldLanes(_mm512_loadu_ps(sums + lane), scales + lane, lanes - lane, total + lane);
-  }
-}
-
-// Those of int4: every eighth lane of 128.
-inline void FoldInt4(const float* sums, const float* scales, int64_t lanes, float* total) {
-  for (int64_t lane = 0; lane < lanes; lane += 128) {
-    __m512i eighths[16];
-    for (int i = 0; i < 16; ++i) {
-      eighths[i] = i < 8 ? _mm512_loadu_si512(sums + lane + 16 * i) : _mm512_setzero_si512();
-    }
-    Transpose(eighths);  // now the first eight numbers are neighbours
-    for (int i = 0; i < 8; ++i) {
-      const __m512i sixteen = _mm512_inserti64x4(
-          eighths[2 * i], _mm512_castsi512_si256(eighths[2 * i + 1]), 1);
-      const int64_t at = lane + 16 * i;
-      FoldLanes(_mm512_castsi512_ps(sixteen), scales + at, lanes - at, total + at);
-    }
   }
 }
 

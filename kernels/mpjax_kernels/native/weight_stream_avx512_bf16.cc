@@ -25,20 +25,18 @@ inline __m512i Table() {
 }
 
 struct Int4Pairs {
-  static constexpr int kRows = 2, kRegisters = 8, kTermsPerStep = 2;
+  static constexpr int kRows = 2, kRegisters = 8, kTerms = 16, kTermsPerStep = 2;
 
   template <typename Tile, int Rows>
   static void Add(const Tile& tile, const uint32_t* left, int64_t left_stride,
                   __m512 (&total)[Rows][kRegisters]) {
-    constexpr __mmask32 kOdd = 0xAAAAAAAA;
     const __m512i table = Table();
     for (int term = 0; term < tile.terms; term += 2) {
       const __m512i first = tile.Load(term);
       const __m512i second = term + 1 < tile.terms ? tile.Load(term + 1) : first;
-      // Pairs of both terms, of the lower and of the upper half of each eight lanes.
-      const __m512i halves[2] = {
-          _mm512_mask_blend_epi16(kOdd, first, _mm512_slli_epi32(second, 16)),
-          _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(first, 16), second)};
+      // Both terms of four neighbouring lanes in 32 bits: of the first and of the last 16 of each 32.
+      const __m512i halves[2] = {_mm512_unpacklo_epi16(first, second),
+                                 _mm512_unpackhi_epi16(first, second)};
 #pragma GCC unroll 8
       for (int i = 0; i < kRegisters; ++i) {
         const __m512i places = _mm512_srli_epi16(halves[i / 4], 4 * (i % 4));
@@ -55,6 +53,18 @@ struct Int4Pairs {
   }
 };
 
+// Exchanges rows and columns of each 4 x 4 numbers of 32 bits.
+inline void TransposeFours(__m512i (&of)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi32(of[0], of[1]);
+  const __m512i high01 = _mm512_unpackhi_epi32(of[0], of[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(of[2], of[3]);
+  const __m512i high23 = _mm512_unpackhi_epi32(of[2], of[3]);
+  of[0] = _mm512_unpacklo_epi64(low01, low23);
+  of[1] = _mm512_unpackhi_epi64(low01, low23);
+  of[2] = _mm512_unpacklo_epi64(high01, high23);
+  of[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
 }  // namespace
 
 void StreamWeightPairs(const Weight& weight, const Run& run, const uint32_t* left,
@@ -66,7 +76,18 @@ void StreamWeightPairs(const Weight& weight, const Run& run, const uint32_t* lef
 
 void FoldWeightPairs(const Weight&, const float* sums, const float* scales, int64_t lanes,
                      float* total) {
-  FoldInt4(sums, scales, lanes, total);
+  for (int64_t lane = 0; lane < lanes; lane += kPlaces) {
+    for (int half = 0; half < 2; ++half) {  // of each 32 lanes
+      __m512i fours[4];
+      for (int i = 0; i < 4; ++i) fours[i] = _mm512_loadu_si512(sums + lane + 16 * (4 * half + i));
+      TransposeFours(fours);
+      InOrder(fours);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = lane + 32 * i + 16 * half;
+        FoldLanes(_mm512_castsi512_ps(fours[i]), scales + at, lanes - at, total + at);
+      }
+    }
+  }
 }
 
 }  // namespace mpjax

@@ -15,7 +15,7 @@ inline __m512 Broadcast(const uint32_t* bits) {
 }
 
 struct Int8Floats {
-  static constexpr int kRows = 4, kRegisters = 4, kTermsPerStep = 1;
+  static constexpr int kRows = 4, kRegisters = 4, kTerms = 8, kTermsPerStep = 1;
 
   template <typename Tile, int Rows>
   static void Add(const Tile& tile, const uint32_t* left, int64_t left_stride,
@@ -34,8 +34,9 @@ struct Int8Floats {
   }
 };
 
+// The i-th of eight registers has every eighth lane from the i-th on.
 struct Int4Floats {
-  static constexpr int kRows = 2, kRegisters = 8, kTermsPerStep = 1;
+  static constexpr int kRows = 2, kRegisters = 8, kTerms = 16, kTermsPerStep = 1;
 
   template <typename Tile, int Rows>
   static void Add(const Tile& tile, const uint32_t* left, int64_t left_stride,
@@ -56,6 +57,22 @@ struct Int4Floats {
   }
 };
 
+void FoldInt4(const float* sums, const float* scales, int64_t lanes, float* total) {
+  for (int64_t lane = 0; lane < lanes; lane += 128) {
+    __m512i eighths[16];
+    for (int i = 0; i < 16; ++i) {
+      eighths[i] = i < 8 ? _mm512_loadu_si512(sums + lane + 16 * i) : _mm512_setzero_si512();
+    }
+    Transpose(eighths);  // now the first eight numbers are neighbours
+    for (int i = 0; i < 8; ++i) {
+      const __m512i sixteen = _mm512_inserti64x4(
+          eighths[2 * i], _mm512_castsi512_si256(eighths[2 * i + 1]), 1);
+      const int64_t at = lane + 16 * i;
+      FoldLanes(_mm512_castsi512_ps(sixteen), scales + at, lanes - at, total + at);
+    }
+  }
+}
+
 }  // namespace
 
 void StreamWeight(const Weight& weight, const Run& run, const uint32_t* left, int64_t left_stride,
@@ -71,7 +88,7 @@ void StreamWeight(const Weight& weight, const Run& run, const uint32_t* left, in
 
 void FoldWeight(const Weight& weight, const float* sums, const float* scales, int64_t lanes,
                 float* total) {
-  const auto fold = weight.is_int4 ? FoldInt4 : FoldInt8;
+  const auto fold = weight.is_int4 ? FoldInt4 : FoldInOrder;
   fold(sums, scales, lanes, total);
 }
 
