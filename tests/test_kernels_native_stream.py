@@ -72,12 +72,10 @@ def test_what_is_not_finite_stays_in_its_column(right_terms_last):
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("array", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize("columns", [130, 4228])
-def test_sums_of_a_weight_are_exact(format, array, rows, columns):
-    for groups, group in ((1, 129), (1, 2100), (17, 128), (2, 651), (40, 15)):
-        case = Weighed(
-            rows, groups, group, columns, format, array, has_zero=False, terms_last=False
-        )
+@pytest.mark.parametrize("columns, terms_last", [(130, False), (4228, False), (131, True)])
+def test_sums_of_a_weight_are_exact(format, array, rows, columns, terms_last):
+    for groups, group in ((1, 129), (1, 2100), (17, 128), (2, 651), (40, 15), (3, 34)):
+        case = Weighed(rows, groups, group, columns, format, array, False, terms_last)
         x, w, exact = case.operands(seed=group)
         found = product(x, w, MATRIX, preferred_element_type=jnp.float32)
         np.testing.assert_array_equal(found, exact)

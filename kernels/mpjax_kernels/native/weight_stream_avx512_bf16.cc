@@ -5,24 +5,11 @@
 
 #if defined(__AVX512BF16__)
 
-#include <cstring>
-
+#include "int4_table.h"
 #include "weight_stream_avx512.h"
 
 namespace mpjax {
 namespace {
-
-// The sixteen numbers twice, the first one in the lowest 16 bits.
-inline __m512i Table() {
-  alignas(64) uint16_t numbers[32];
-  for (int i = 0; i < 32; ++i) {
-    const float number = static_cast<float>((i % 16 ^ 8) - 8);
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof(bits));
-    numbers[i] = static_cast<uint16_t>(bits >> 16);
-  }
-  return _mm512_load_si512(numbers);
-}
 
 struct Int4Pairs {
   static constexpr int kRows = 2, kRegisters = 8, kTerms = 16, kTermsPerStep = 2;
@@ -30,7 +17,7 @@ struct Int4Pairs {
   template <typename Tile, int Rows>
   static void Add(const Tile& tile, const uint32_t* left, int64_t left_stride,
                   __m512 (&total)[Rows][kRegisters]) {
-    const __m512i table = Table();
+    const __m512i table = Int4Table();
     for (int term = 0; term < tile.terms; term += 2) {
       const __m512i first = tile.Load(term);
       const __m512i second = term + 1 < tile.terms ? tile.Load(term + 1) : first;
