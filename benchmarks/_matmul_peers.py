@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import mpjax_kernels as mk
 from _contest import (
     BFLOAT16_BOUND,
     FLOAT32_BOUND,
@@ -79,6 +80,7 @@ def peers(name: str, data: Data) -> dict[str, Contender]:
     if name in ("w8a8", "float8", "w8a16"):
         known["aqt"] = contender(aqt, "aqtp")
     if name == "float8":
+        known["mpjax_xla"] = contender(partial(ours, implementation="xla"), "mpjax", "our own form")
         note = "delayed scales per tensor; quantizes its float32 weights at every call"
         known["flax_float8"] = contender(flax_float8, "flax", note, PER_TENSOR)
         known["keras_float8"] = contender(keras, "keras", note, PER_TENSOR)
@@ -97,7 +99,19 @@ def peers(name: str, data: Data) -> dict[str, Contender]:
 
 
 NAMES = ("float32", "bfloat16", "qwix", "aqt", "flax_float8", "keras_float8", "keras_int8")
-NAMES += ("onnxruntime", "onnxruntime_float32")
+NAMES += ("onnxruntime", "onnxruntime_float32", "mpjax_xla")
+
+
+def ours(fmt: Format, x: np.ndarray, w: np.ndarray, implementation: str | None = None) -> Program:
+    """`mk.matmul` as a layer calls it, its weights stored once, as [N, K], for every M."""
+    weights = mk.quantize(jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size)
+    weights = mk.contiguous(weights, axis=0)
+
+    def product(x: jax.Array, w: mk.QTensor) -> jax.Array:
+        left = mk.quantize(x, fmt.activations, axis=1) if fmt.activations else x
+        return mk.matmul(left, w, implementation=implementation)
+
+    return compiled(product, jnp.asarray(x, fmt.dtype), weights)
 
 
 def plain(dtype: Any, x: np.ndarray, w: np.ndarray) -> Program:

@@ -7,7 +7,8 @@ and per output channel of w; `w8a16` and `w4a16` with x and y in bfloat16; `w4a8
 128 inputs. M = 1 is the decode step of a language model.
 
 Peers, in the same process, called in turns with us: `jnp.matmul` in float32 and bfloat16, Qwix,
-AQT, Flax float8, Keras on the JAX backend, ONNX Runtime's dynamic int8 and its 4-bit MatMulNBits.
+AQT, Flax float8, Keras on the JAX backend, ONNX Runtime's dynamic int8 and its 4-bit MatMulNBits,
+and what XLA makes of our own float8 product.
 Everyone's result is first compared with float32, and a wrong one is not timed. A peer that cannot
 run has an entry with its error.
 
@@ -29,12 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import mpjax_kernels as mk
-from _contest import Contender, Contest, Program, chosen, compiled
-from _matmul_peers import FORMATS, NAMES, Format, peers
+from _contest import Contender, Contest, chosen
+from _matmul_peers import FORMATS, NAMES, ours, peers
 from _suite import run, suite_parser
 
 LAYER = (4096, 4096)
+NATIVE_INT8 = ("onnxruntime", 1.1)  # beside other native code
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,19 @@ def w8a8_cases() -> list[Case]:
     float32 = {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 16: 0.6, 128: 1.0}
     extra = {1: (("qwix", 0.1),)}
     rows = [
-        Case("w8a8", m, *LAYER, (("float32", ratio), *extra.get(m, ())))
+        Case("w8a8", m, *LAYER, (("float32", ratio), *extra.get(m, ()), NATIVE_INT8))
         for m, ratio in float32.items()
     ]
-    return rows + [Case("w8a8", n, n, n, (("float32", 0.8),)) for n in (1024, 2048)]
+    return rows + [Case("w8a8", n, n, n, (("float32", 0.8), NATIVE_INT8)) for n in (1024, 2048)]
 
 
 def float8_cases() -> list[Case]:
+    few, many = ("mpjax_xla", 0.25), ("mpjax_xla", 0.7)
     rows = [
-        Case("float8", m, *LAYER, (("qwix", 0.7 if m == 1 else 0.6),))
+        Case("float8", m, *LAYER, (("qwix", 0.7 if m == 1 else 0.6), few if m <= 16 else many))
         for m in (1, 2, 4, 8, 16, 128)
     ]
-    return rows + [Case("float8", n, n, n, (("qwix", 0.6),)) for n in (1024, 2048)]
+    return rows + [Case("float8", n, n, n, (("qwix", 0.6), many)) for n in (1024, 2048)]
 
 
 def other_cases() -> list[Case]:
@@ -104,17 +106,6 @@ def contest(case: Case, names: list[str] | None = None) -> Contest:
         operations=2 * case.m * case.k * case.n,
         targets=dict(case.targets),
     )
-
-
-def ours(fmt: Format, x: np.ndarray, w: np.ndarray) -> Program:
-    """`mk.matmul` as a layer calls it, its weights stored once, as [N, K], for every M."""
-    weights = mk.quantize(jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size)
-    weights = mk.contiguous(weights, axis=0)
-
-    def product(x: jax.Array, w: mk.QTensor) -> jax.Array:
-        return mk.matmul(mk.quantize(x, fmt.activations, axis=1) if fmt.activations else x, w)
-
-    return compiled(product, jnp.asarray(x, fmt.dtype), weights)
 
 
 if __name__ == "__main__":

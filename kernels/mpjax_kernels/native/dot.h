@@ -17,6 +17,8 @@ inline constexpr int kRows = 8;          // lanes of a left panel
 inline constexpr int kColumns = 16;      // lanes of a right panel
 inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at once, at most
 inline constexpr int kFewRows = 32;      // with fewer, columns are multiplied as they come
+inline constexpr int kStreamRows = 4;    // so many at most are multiplied by what is read in a stream
+inline constexpr int kStreamTerms = 16;  // terms of that that are multiplied at once, at most
 inline constexpr int kPackLanes = 64;    // lanes that are packed at once: a cache line, if stored so
 inline constexpr int kTermsPerPack = 4;  // what is packed is a multiple of so many terms
 inline constexpr int kLaneNumbers = 2;   // uint16 that a lane takes in each step
@@ -79,6 +81,23 @@ struct DotKernels {
 
   // Scales, casts and writes a tile.
   void (*write)(const Sum* sums, int64_t rows, int64_t columns, const Target& target);
+
+  // Lays out one row for `stream`: its terms in steps of 32 bits, as in panels, and zeros up to a
+  // multiple of kStreamTerms of them. Returns what its sums will be too large by.
+  int32_t (*lay_out)(const Source& row, int64_t terms, uint32_t* steps);
+
+  // sums[row * sum_stride + place] += the products of `rows` rows, `left_stride` steps apart, and all
+  // `lanes` of the right operand, which lie next to each other. The places are in tiles of kWidth
+  // lanes, in which they have an order of their own. Null if there is no such way.
+  void (*stream)(const uint32_t* left, int64_t left_stride, int rows, const Source& right,
+                 int64_t lanes, int64_t terms, int64_t sum_stride, Sum* sums);
+
+  // tile[row * kWidth + column] = the sums that `stream` left, of all parts, of `rows` times `stride`
+  // numbers each.
+  void (*settle)(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* tile);
+
+  // So many rows at most take less time by `multiply_unpacked` than packed.
+  int64_t (*unpacked_rows)(int64_t terms);
 };
 
 extern const DotKernels kPortableFloat8Dot;

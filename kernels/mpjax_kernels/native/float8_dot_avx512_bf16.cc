@@ -8,6 +8,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 
+#include "streams.h"
 #include "tile_avx512.h"
 
 namespace mpjax {
@@ -81,7 +82,8 @@ void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target)
 
 }  // namespace
 
-const DotKernels kAvx512Float8Dot = {2, Pack, MultiplyTile<AddPairs>, nullptr, Write};
+const DotKernels kAvx512Float8Dot = {2, Pack, MultiplyTile<AddPairs>, MultiplyFloat8Terms,
+                                     Write, LayOutFloat8, StreamFloat8, SettleFloat8, Float8Rows};
 
 }  // namespace mpjax
 

@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "streams.h"
 #include "tile_avx512.h"
 
 namespace mpjax {
@@ -161,6 +162,10 @@ void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t co
   }
 }
 
+// Unpacked, a row needs the numbers of a register to be added up for each column; packed, a column is
+// turned.
+int64_t UnpackedRows(int64_t terms) { return terms > 8 * 24 ? terms / 24 : 8; }
+
 void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target) {
   WriteTile(sums, rows, columns, target, [&](int64_t row, const Sum* at) {
     const int32_t excess = target.excess == nullptr ? 0 : target.excess[row];
@@ -170,7 +175,8 @@ void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target)
 
 }  // namespace
 
-const DotKernels kAvx512Int8Dot = {4, Pack, MultiplyTile<AddFours>, MultiplyUnpacked, Write};
+const DotKernels kAvx512Int8Dot = {4, Pack, MultiplyTile<AddFours>, MultiplyUnpacked, Write,
+                                   LayOutInt8, StreamInt8, SettleInt8, UnpackedRows};
 
 }  // namespace mpjax
 

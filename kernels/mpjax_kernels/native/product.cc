@@ -6,7 +6,7 @@
 // multiplied, so none is ever transposed or decoded anywhere else. Blocks of panels are bounded, so
 // that they stay in the second-level cache or not far from it; a tile of sums stays in the first.
 // Few rows are multiplied by columns as these come: packed in the first-level cache, or, where that
-// takes longer than the product, not at all.
+// takes longer than the product, not at all (`stream.h`, where columns lie next to each other).
 
 #include "product.h"
 
@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "scratch.h"
+#include "stream.h"
 
 namespace mpjax {
 namespace {
@@ -27,10 +28,6 @@ constexpr int64_t kSteps = 256;  // steps that are multiplied at a time
 constexpr int64_t kFewRowSteps = 128, kStripTiles = 8;
 constexpr int64_t kBlockNumbers = int64_t{1} << 20;  // of packed numbers of an operand: 2 MiB
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
-
-// Unpacked, a row needs the numbers of a register to be added up for each column; packed, a column
-// is turned. So many rows, and one more for every so many terms, take less time unpacked.
-constexpr int64_t kUnpackedRows = 8, kTermsPerUnpackedRow = 24;
 
 constexpr int kSpins = 4000;
 
@@ -85,7 +82,7 @@ class Blocks {
   bool IsBetterUnpacked() const {
     return kernels_.multiply_unpacked != nullptr && p_.left.term_stride == 1 &&
            p_.right.term_stride == 1 &&
-           p_.left.lanes <= std::max(kUnpackedRows, p_.terms / kTermsPerUnpackedRow);
+           p_.left.lanes <= kernels_.unpacked_rows(p_.terms);
   }
 
   // How many columns are packed and multiplied side by side; enough strips for several threads.
@@ -206,7 +203,7 @@ class Blocks {
     const int64_t first = first_column_ + column;
     const int64_t width = std::min<int64_t>(kPackLanes, columns_ - column);
     const uint8_t* rows = reinterpret_cast<const uint8_t*>(left_);
-    kernels_.multiply_unpacked({rows, 2 * row_numbers_, 1, nullptr}, rows_,
+    kernels_.multiply_unpacked({rows, 2 * row_numbers_, 1, p_.left.table}, rows_,
                                At(p_.right, first, 0), width, p_.terms, sums);
     Write(sums, 0, rows_, first, width, nullptr);
   }
@@ -269,6 +266,7 @@ class Blocks {
 }  // namespace
 
 bool Compute(const DotKernels& kernels, Product product, Loop& loop) {
+  if (IsStream(kernels, product)) return Stream(kernels, product, loop);
   // The right operand fills the vectors, so it is the one with more lanes.
   const bool swap = product.right.lanes < kColumns && product.left.lanes > product.right.lanes;
   if (swap) std::swap(product.left, product.right);

@@ -16,6 +16,7 @@ namespace mpjax {
 inline constexpr int kRunTerms = 256;
 inline constexpr int kDirectRows = 4;     // so many rows at most are multiplied without panels
 inline constexpr int kDirectLanes = 256;  // so many lanes of the weight at most, then
+inline constexpr int kPlaces = 128;       // sums of a stream are a multiple of so many
 
 // A matrix of int8, or of int4: two to a byte, the first in its lower half.
 struct Weight {
@@ -59,6 +60,16 @@ struct WeightKernels {
 
   // Casts and writes a tile.
   void (*write)(const Sum* sums, int64_t rows, int64_t columns, const Target& target);
+
+  // sums[row * sum_stride + place] += the products of kDirectRows rows at most and a run of any number
+  // of lanes and terms, of a weight whose lanes lie next to each other. The places have an order of
+  // their own; there are up to kPlaces - 1 more of them than lanes. Null if there is no such way.
+  void (*stream)(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
+                 int64_t rows, int64_t sum_stride, float* sums);
+
+  // total[lane] += the sums that `stream` left for a row, times the scales of the lanes.
+  void (*fold)(const Weight& weight, const float* sums, const float* scales, int64_t lanes,
+               float* total);
 };
 
 extern const WeightKernels kPortableWeight;

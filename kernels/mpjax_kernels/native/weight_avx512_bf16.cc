@@ -11,6 +11,7 @@
 #if defined(__AVX512BF16__)
 
 #include "weight_avx512.h"
+#include "weight_streams.h"
 
 namespace mpjax {
 namespace {
@@ -75,13 +76,15 @@ void MultiplyInt4(const uint8_t* data, int64_t stride, int terms, const uint32_t
   StoreEighths<Rows>(total, sums);
 }
 
-int DirectLanes(const Weight& weight, int64_t rows, int64_t, bool has_zeros) {
-  if (!weight.is_int4 || weight.terms_last || has_zeros) return 0;
+int DirectLanes(const Weight& weight, int64_t rows, int64_t terms, bool has_zeros) {
+  if (!weight.is_int4 || has_zeros) return 0;
+  if (weight.terms_last) return rows <= kDirectRows && terms >= 16 && terms % 2 == 0 ? kWidth : 0;
   return rows == 1 ? 256 : rows == 2 ? 128 : 0;
 }
 
 void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
                     int64_t rows, float* sums) {
+  if (weight.terms_last) return MultiplyInt4TermsPairs(weight, run, left, stride, rows, sums);
   const uint8_t* data = weight.data + (run.term * weight.stride + run.lane) / 2;
   const auto multiply = rows == 1 ? MultiplyInt4<1> : MultiplyInt4<2>;
   multiply(data, weight.stride / 2, run.terms, left, stride, sums);
@@ -90,7 +93,8 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
 }  // namespace
 
 const WeightKernels kAvx512WeightPairs = {2,       PackRun<true>, MultiplyWeight<AddPairs>,
-                                          DirectLanes, MultiplyDirect, Scale, WriteFloats};
+                                          DirectLanes, MultiplyDirect, Scale, WriteFloats,
+                                          StreamWeightPairs, FoldWeightPairs};
 
 }  // namespace mpjax
 

@@ -10,6 +10,7 @@
 #if defined(__AVX512VNNI__)
 
 #include "weight_avx512.h"
+#include "weight_streams.h"
 #include "weight_terms_avx512.h"
 
 namespace mpjax {
@@ -107,9 +108,10 @@ template <bool Zeros>
 void MultiplyDirectly(const Weight& weight, const Run& run, const float* left, int64_t stride,
                       int64_t rows, float* sums) {
   if (weight.terms_last) {
-    const auto multiply =
-        weight.is_int4 ? MultiplyTerms<Int4Terms, Zeros> : MultiplyTerms<Int8Terms, Zeros>;
-    return multiply(weight, run, left, stride, rows, sums);
+    if (!weight.is_int4) return MultiplyTerms<Int8Terms, Zeros>(weight, run, left, stride, rows, sums);
+    if (Zeros) return MultiplyTerms<Int4Terms, Zeros>(weight, run, left, stride, rows, sums);
+    const uint32_t* bits = reinterpret_cast<const uint32_t*>(left);
+    return MultiplyInt4TermsFloats(weight, run, bits, stride, rows, sums);
   }
   const int64_t first = run.term * weight.stride + run.lane;
   if (weight.is_int4) {
@@ -133,7 +135,7 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
 
 const WeightKernels kAvx512Weight = {1,           PackRun<false>, MultiplyWeight<AddFloats>,
                                      DirectLanes, MultiplyDirect, Scale,
-                                     WriteFloats};
+                                     WriteFloats, StreamWeight,  FoldWeight};
 
 }  // namespace mpjax
 

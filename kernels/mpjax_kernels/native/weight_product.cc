@@ -1,5 +1,6 @@
 // The weight is decoded where it is multiplied, once for the rows of a tile, and nowhere else. Few
 // rows are multiplied as it is decoded, in registers; more of them by panels in the first caches.
+// Where the lanes of the weight lie next to each other, few rows take it as a stream (`stream.h`).
 
 #include "weight_product.h"
 
@@ -29,6 +30,14 @@ const WeightKernels& Choose(const WeightKernels& in_float32, const WeightKernels
   return DirectLanes(best, p) == 0 && DirectLanes(in_float32, p) > 0 ? in_float32 : best;
 }
 
+// Groups of few terms would be scaled more often than multiplied.
+constexpr int64_t kLeastGroup = 16;
+
+bool IsStream(const WeightKernels& kernels, const WeightProduct& p) {
+  return kernels.stream != nullptr && p.rows <= kDirectRows && !p.weight.terms_last &&
+         p.zero == nullptr && p.lanes >= kWidth && (p.groups == 1 || p.terms / p.groups >= kLeastGroup);
+}
+
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
 }  // namespace
@@ -41,7 +50,14 @@ WeightTiles::WeightTiles(const WeightKernels& in_float32, const WeightKernels& b
       strip_(std::max<int64_t>(direct_, kWidth)),
       group_steps_(DivideUp(group(), kTermsPerPack) * kTermsPerPack / kernels_.terms_per_step),
       left_stride_(p.groups * group_steps_ + 16),  // no multiple of a page's size
-      left_(static_cast<size_t>(p.rows * left_stride_ * kLaneNumbers)) {}
+      is_stream_(IsStream(kernels_, p)),
+      cut_(p.terms, p.lanes, p.rows, p.groups == 1 ? kStreamTerms : group()),
+      left_(static_cast<size_t>(p.rows * left_stride_ * kLaneNumbers)),
+      parts_(static_cast<size_t>(is_stream_ ? cut_.parts * p.rows * p.lanes * kLaneNumbers : 1)) {}
+
+int64_t WeightTiles::tile_count() const {
+  return is_stream_ ? StreamTiles() : row_count() * DivideUp(p_.lanes, strip_);
+}
 
 const uint32_t* WeightTiles::LeftAt(int64_t row, int64_t group, int64_t term) const {
   const uint32_t* left = reinterpret_cast<const uint32_t*>(left_.data());
@@ -69,7 +85,8 @@ void WeightTiles::ConvertRows(int64_t tile) {
   }
 }
 
-void WeightTiles::Compute(int64_t tile) const {
+void WeightTiles::Compute(int64_t tile) {
+  if (is_stream_) return StreamTile(tile);
   const int64_t row = tile % row_count() * kTileRows, rows = std::min(kTileRows, p_.rows - row);
   const int64_t lane = tile / row_count() * strip_, lanes = std::min(strip_, p_.lanes - lane);
   if (lanes == direct_) return ComputeDirectly(lane);
@@ -125,7 +142,7 @@ const float* WeightTiles::Zeros(int64_t group, int64_t lane, int64_t lanes, floa
   return to;
 }
 
-// Writes a tile, which has its scales if there are several groups.
+// Writes a tile, which has its scales if there are several groups, or none are given.
 void WeightTiles::Write(const float* total, const float* scales, int64_t row, int64_t rows,
                         int64_t lane, int64_t lanes) const {
   static const float one = 1;
@@ -134,7 +151,7 @@ void WeightTiles::Write(const float* total, const float* scales, int64_t row, in
   const int64_t bytes = p_.out_is_bfloat16 ? 2 : 4;
   char* out = static_cast<char*>(p_.out) + (row * p_.lanes + lane) * bytes;
   const Target target = {out, p_.out_is_bfloat16, p_.lanes, &one, 0,
-                         p_.groups > 1 ? ones : scales, false,
+                         p_.groups > 1 || scales == nullptr ? ones : scales, false,
                          p_.rows * p_.lanes * bytes >= kLarge, nullptr};
   kernels_.write(reinterpret_cast<const Sum*>(total), rows, lanes, target);
 }
