@@ -17,6 +17,8 @@ import jax
 _PATH = Path(__file__).parent / "libmpjax_native.so"
 _TARGETS = ("mpjax_float8_dot", "mpjax_int8_dot", "mpjax_quantize", "mpjax_weight_dot")
 
+# The dtypes of arrays that kernels take, and of what they return.
+REALS = ("float32", "bfloat16", "float16")
 # The formats that kernels of an instruction set multiply faster than XLA, which is what counts
 # where the environment does not ask for it.
 FLOAT8, INT8, INT4 = ("float8_e4m3fn", "float8_e5m2"), ("int8",), ("int4",)

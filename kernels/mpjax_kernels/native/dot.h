@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "float8.h"
+#include "real.h"
 
 namespace mpjax {
 
@@ -50,7 +51,7 @@ union Sum {
 // because the product of two small ones can underflow where the result does not.
 struct Target {
   void* out;
-  bool is_bfloat16;         // else float32
+  Real type;
   int64_t row_stride;       // of `out`, in numbers; columns are next to each other
   const float* row_scales;  // of row i: row_scales[i * row_scale_stride]
   int64_t row_scale_stride;

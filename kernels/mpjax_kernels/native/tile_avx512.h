@@ -120,6 +120,24 @@ void PackLanesFirst(const Source& source, int lanes, int64_t terms, Packer& pack
   }
 }
 
+// Adds products of 16 columns and a row to their sums: in float32, or pairs of bfloat16.
+struct AddFloats {
+  static __m512i To(__m512i total, __m512i columns, __m512i row) {
+    return _mm512_castps_si512(_mm512_fmadd_ps(
+        _mm512_castsi512_ps(columns), _mm512_castsi512_ps(row), _mm512_castsi512_ps(total)));
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct AddPairs {
+  static __m512i To(__m512i total, __m512i columns, __m512i row) {
+    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(total),
+                                                reinterpret_cast<__m512bh>(row),
+                                                reinterpret_cast<__m512bh>(columns)));
+  }
+};
+#endif
+
 // `Rows` rows by `Panels` panels of 16 columns: up to 24 registers of sums. `Add` adds to 16 of them
 // the products of a step, of 16 columns and of one row, that is broadcast.
 template <typename Add, int Rows, int Panels>
@@ -220,11 +238,13 @@ void WriteTile(const Sum* sums, int64_t rows, int64_t columns, const Target& tar
       const __m512 second = target.columns_first ? row_scale : column_scale;
       const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, first), second);
       const int64_t at = i * target.row_stride + j;
-      if (target.is_bfloat16) {
-        uint16_t* out = static_cast<uint16_t*>(target.out) + at;
-        _mm256_mask_storeu_epi16(out, mask, ToBfloat16(scaled));
-      } else {
+      if (target.type == Real::kFloat32) {
         WriteFloat32(scaled, mask, target.is_large, static_cast<float*>(target.out) + at);
+      } else {
+        const bool is_bfloat16 = target.type == Real::kBfloat16;
+        const __m256i cast = is_bfloat16 ? ToBfloat16(scaled)
+                                         : _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT);
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(target.out) + at, mask, cast);
       }
     }
   }

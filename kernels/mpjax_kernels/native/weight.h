@@ -1,4 +1,4 @@
-// The product of an array by a weight of int8 or int4, and what an instruction set brings to it.
+// The product of an array by a weight of 8 bits or int4, and what an instruction set brings to it.
 
 #ifndef MPJAX_KERNELS_NATIVE_WEIGHT_H_
 #define MPJAX_KERNELS_NATIVE_WEIGHT_H_
@@ -17,12 +17,13 @@ inline constexpr int kRunTerms = 256;
 inline constexpr int kDirectRows = 4;     // so many rows at most are multiplied without panels
 inline constexpr int kDirectLanes = 256;  // so many lanes of the weight at most, then
 
-// A matrix of int8, or of int4: two to a byte, the first in its lower half.
+// A matrix of int8, of float8, or of int4: two to a byte, the first in its lower half.
 struct Weight {
   const uint8_t* data;
   bool is_int4;
   bool terms_last;  // entry (lane, term) is the (lane * stride + term)-th, else (term * stride + lane)
   int64_t stride;
+  const DecodeTable* table;  // of float8; null for integers
 };
 
 // The entries of lanes and terms that share their scales, and zero points (or null) as float32.
@@ -62,8 +63,11 @@ struct WeightKernels {
 };
 
 extern const WeightKernels kPortableWeight;
-extern const WeightKernels kAvx512Weight;       // float32
-extern const WeightKernels kAvx512WeightPairs;  // bfloat16
+// Of integers, and of float8, multiplied in float32 or in bfloat16.
+extern const WeightKernels kAvx512Weight;
+extern const WeightKernels kAvx512WeightPairs;
+extern const WeightKernels kAvx512Float8Weight;
+extern const WeightKernels kAvx512Float8WeightPairs;
 
 }  // namespace mpjax
 
