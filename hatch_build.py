@@ -27,8 +27,11 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inli
 # Float arithmetic as it is written, so that every machine and every loop rounds alike.
 FLAGS += ("-ffp-contract=off", "-fno-math-errno")
 # What instruction sets need, by how the names of their sources end.
-VNNI = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+VNNI = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 INSTRUCTION_SETS = {
+    "avx2": AVX2,
+    "avx_vnni": (*AVX2, "-mavxvnni"),
     "avx512_vnni": VNNI,
     "avx512_bf16": (*VNNI, "-mavx512vbmi", "-mavx512bf16"),
 }

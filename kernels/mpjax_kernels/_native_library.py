@@ -22,7 +22,8 @@ REALS = ("float32", "bfloat16", "float16")
 # The formats that kernels of an instruction set multiply faster than XLA, which is what counts
 # where the environment does not ask for it.
 FLOAT8, INT8, INT4 = ("float8_e4m3fn", "float8_e5m2"), ("int8",), ("int4",)
-_FASTER = {"avx512_bf16": FLOAT8 + INT8 + INT4, "avx512_vnni": INT8 + INT4, "portable": ()}
+_FASTER = dict.fromkeys(("avx512_bf16", "avx512_vnni", "avx_vnni", "avx2"), FLOAT8 + INT8 + INT4)
+_FASTER["portable"] = ()
 _NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI")
 _NEEDS |= dict.fromkeys(INT8 + INT4, "AVX512-VNNI")
 

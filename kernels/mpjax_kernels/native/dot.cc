@@ -55,12 +55,24 @@ const DotKernels& Float8Kernels() {
 #if defined(MPJAX_HAS_AVX512_BF16)
   if (CurrentIsa() >= Isa::kAvx512Bf16) return kAvx512Float8Dot;
 #endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Float8Dot;
+#endif
   return kPortableFloat8Dot;
 }
 
 const DotKernels& Int8Kernels() {
 #if defined(MPJAX_HAS_AVX512_VNNI)
   if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Int8Dot;
+#endif
+#if defined(MPJAX_HAS_AVX_VNNI)
+  if (CurrentIsa() == Isa::kAvxVnni && HasAvxVnni()) return kAvxVnniInt8Dot;
+#endif
+#if defined(MPJAX_HAS_AVX512_VNNI)
+  if (CurrentIsa() == Isa::kAvxVnni) return kAvx512Int8Dot256;
+#endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Int8Dot;
 #endif
   return kPortableInt8Dot;
 }

@@ -32,6 +32,9 @@ const QuantizeKernels& CurrentKernels() {
 #if defined(MPJAX_HAS_AVX512_VNNI)
   if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Quantize;
 #endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Quantize;
+#endif
   return kPortableQuantize;
 }
 

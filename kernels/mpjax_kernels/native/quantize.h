@@ -28,6 +28,7 @@ struct QuantizeKernels {
 };
 
 extern const QuantizeKernels kPortableQuantize;
+extern const QuantizeKernels kAvx2Quantize;
 extern const QuantizeKernels kAvx512Quantize;
 
 }  // namespace mpjax

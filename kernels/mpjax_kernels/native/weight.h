@@ -63,6 +63,7 @@ struct WeightKernels {
 };
 
 extern const WeightKernels kPortableWeight;
+extern const WeightKernels kAvx2Weight;
 // Of integers, and of float8, multiplied in float32 or in bfloat16.
 extern const WeightKernels kAvx512Weight;
 extern const WeightKernels kAvx512WeightPairs;

@@ -26,13 +26,15 @@ namespace ffi = xla::ffi;
 constexpr double kWorthAThread = 5e5;
 constexpr int64_t kWorthConverting = int64_t{1} << 18;  // numbers of the array, by several threads
 
-const WeightKernels& InFloat32(bool is_float8) {
+const WeightKernels& InFloat32([[maybe_unused]] bool is_float8) {
 #if defined(MPJAX_HAS_AVX512_BF16)
   if (is_float8 && CurrentIsa() >= Isa::kAvx512Bf16) return kAvx512Float8Weight;
 #endif
-  if (is_float8) return kPortableWeight;
 #if defined(MPJAX_HAS_AVX512_VNNI)
-  if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Weight;
+  if (!is_float8 && CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Weight;
+#endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Weight;
 #endif
   return kPortableWeight;
 }

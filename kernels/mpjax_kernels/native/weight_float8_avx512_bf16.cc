@@ -17,7 +17,7 @@
 namespace mpjax {
 namespace {
 
-constexpr int kAhead = 16;  // terms: the hardware stops at the end of a page
+constexpr int kAhead = 24;  // terms: the hardware stops at the end of a page
 
 template <bool Pairs>
 using Add = std::conditional_t<Pairs, AddPairs, AddFloats>;
@@ -78,8 +78,8 @@ void MultiplyLanes(const Weight& weight, const Run& run, const uint32_t* left, i
     const uint32_t* x = left + (Pairs ? term / 2 : term);
 #pragma GCC unroll 4
     for (int chunk = 0; chunk < Chunks; ++chunk) {
-      _mm_prefetch(ahead + 64 * chunk, _MM_HINT_T0);
-      if (Pairs) _mm_prefetch(ahead + 64 * chunk + weight.stride, _MM_HINT_T0);
+      _mm_prefetch(ahead + 64 * chunk, _MM_HINT_T1);
+      if (Pairs) _mm_prefetch(ahead + 64 * chunk + weight.stride, _MM_HINT_T1);
       const __m512i first = _mm512_loadu_si512(at + 64 * chunk);
       __m512i numbers[4];
       if (Pairs) {
