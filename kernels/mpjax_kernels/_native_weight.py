@@ -36,7 +36,7 @@ def refusal(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
         return "terms that share a scale do not lie next to each other"
     if has_scale_per_term(lhs, rhs, c):
         return "a scale changes with every term"
-    return native_refusal(weight.format.name)
+    return native_refusal(weight.format.name, by_array=True)
 
 
 def _groups_are_runs(weight: QTensor, contract: tuple[int, ...]) -> bool:

@@ -16,8 +16,9 @@ inline __m128i AddUp(const __m256i (&of)[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
-// `Rows` rows by four columns, or as many as there are, whose terms lie next to each other.
-template <typename Dot, int Rows>
+// `Rows` rows by four columns, or as many as there are, whose terms lie next to each other. If `Ahead`,
+// the columns that follow are fetched meanwhile: the hardware stops at the end of a page.
+template <typename Dot, int Rows, bool Ahead>
 void MultiplyLanes(const Source& left, const Source& right, int64_t columns, int64_t terms,
                    const int32_t* excess, Sum* sums) {
   __m256i total[Rows][4];
@@ -47,8 +48,7 @@ void MultiplyLanes(const Source& left, const Source& right, int64_t columns, int
   };
   const int64_t whole = terms / Dot::kTerms * Dot::kTerms;
   for (int64_t term = 0; term < whole; term += Dot::kTerms) {
-#pragma GCC unroll 4
-    for (int column = 0; column < 4; ++column) {
+    for (int column = 0; Ahead && term % 64 == 0 && column < 4; ++column) {
       _mm_prefetch(reinterpret_cast<const char*>(at[column] + 4 * right.lane_stride + term),
                    _MM_HINT_T1);
     }
@@ -77,7 +77,9 @@ void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t co
   for (int64_t column = 0; column < columns; column += 4) {
     Source of_rows = left;
     for (int64_t row = 0; row < rows; row += 2) {
-      const auto multiply = rows - row == 1 ? MultiplyLanes<Dot, 1> : MultiplyLanes<Dot, 2>;
+      const auto multiply = rows - row == 1 ? MultiplyLanes<Dot, 1, true>
+                            : row == 0      ? MultiplyLanes<Dot, 2, true>
+                                            : MultiplyLanes<Dot, 2, false>;
       multiply(of_rows, right, columns - column, terms, excess + row,
                sums + row * kWidth + column);
       of_rows.data += 2 * left.lane_stride;
