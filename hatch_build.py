@@ -89,10 +89,16 @@ class NativeKernels(BuildHookInterface):
         build_data["force_include"][str(note)] = f"{PACKAGE.name}/{NOTE}"
 
 
-def build(compiler: str, sources: Path, folder: Path, extra: tuple[str, ...] = ()) -> None:
+def build(
+    compiler: str,
+    sources: Path,
+    folder: Path,
+    extra: tuple[str, ...] = (),
+    program: str | None = None,
+) -> None:
     """Compiles all `*.cc` of a folder, in parallel, and links the library into another.
 
-    `extra` options are for both.
+    `extra` options are for both. With a name for it, a program is linked instead.
 
     Raises:
         OSError, subprocess.CalledProcessError: If the compiler cannot be run, or fails.
@@ -113,6 +119,8 @@ def build(compiler: str, sources: Path, folder: Path, extra: tuple[str, ...] = (
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sorted(sources.glob("*.cc"))))
+    if program is not None:
+        return _run(compiler, *objects, *extra, "-pthread", "-o", str(folder / program))
     # On Linux the standard library is part of it, so that it runs where that is older.
     link = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
     link = link if sys.platform == "linux" else ()
