@@ -14,8 +14,9 @@ namespace mpjax {
 // one in float32. Rows of the array have the same order, and zeros up to a multiple of kTermsPerPack
 // after the terms of each group.
 inline constexpr int kRunTerms = 256;
-inline constexpr int kDirectRows = 4;     // so many rows at most are multiplied without panels
-inline constexpr int kDirectLanes = 256;  // so many lanes of the weight at most, then
+// So many rows by so many lanes, or as many products, at most are multiplied without panels.
+inline constexpr int kDirectRows = 4;
+inline constexpr int kDirectLanes = 256;
 
 // A matrix of int8, of float8, or of int4: two to a byte, the first in its lower half.
 struct Weight {

@@ -220,9 +220,13 @@ void MultiplyTerms(const Weight& weight, const Run& run, const float* left, int6
   }
 }
 
+// More rows than four are multiplied four at a time by one strip of lanes of integers, which stays in
+// the caches; to decode float8 over and over takes longer.
+constexpr int64_t kMostRows = kDirectRows * kDirectLanes / kWidth;
+
 int DirectLanes(const Weight& weight, int64_t rows, int64_t terms, bool) {
-  if (rows > kDirectRows) return 0;
-  if (!weight.terms_last) return kDirectLanes;
+  if (rows > (weight.table == nullptr ? kMostRows : kDirectRows)) return 0;
+  if (!weight.terms_last) return rows > kDirectRows ? kWidth : kDirectLanes;
   return terms >= 16 && (!weight.is_int4 || terms % 2 == 0) ? kWidth : 0;
 }
 
@@ -250,6 +254,11 @@ void MultiplyAs(const Weight& weight, const Run& run, const float* left, int64_t
 
 void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
                     int64_t rows, float* sums) {
+  if (rows > kDirectRows) {
+    MultiplyDirect(weight, run, left, stride, kDirectRows, sums);
+    return MultiplyDirect(weight, run, left + kDirectRows * stride, stride, rows - kDirectRows,
+                          sums + kDirectRows * kWidth);
+  }
   const auto multiply = weight.is_int4            ? MultiplyAs<Int4>
                         : weight.table == nullptr ? MultiplyAs<Int8>
                         : IsE5M2(weight)          ? MultiplyAs<E5M2>

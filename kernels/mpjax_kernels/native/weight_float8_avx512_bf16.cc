@@ -181,16 +181,24 @@ void MultiplyTermsOfFloat8(const Weight& weight, const Run& run, const uint32_t*
   }
 }
 
+// More rows than four are multiplied four at a time by one strip of lanes, which stays in the caches:
+// to decode it once more takes less time than to write it down.
+constexpr int64_t kMostRows = kDirectRows * kDirectLanes / kWidth;
+
 int DirectLanes(const Weight& weight, int64_t rows, int64_t terms, bool) {
-  if (rows > kDirectRows) return 0;
-  if (weight.terms_last) return terms >= 16 ? kWidth : 0;
-  return rows == 1 ? 256 : rows == 2 ? 128 : 64;
+  if (rows > kMostRows || (weight.terms_last && terms < 16)) return 0;
+  return weight.terms_last || rows > 2 ? kWidth : rows == 2 ? 128 : 256;
 }
 
 template <bool Pairs>
 void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, int64_t stride,
                     int64_t rows, float* sums) {
   static_assert(kDirectRows == 4, "one case per number of rows");
+  if (rows > kDirectRows) {
+    MultiplyDirect<Pairs>(weight, run, left, stride, kDirectRows, sums);
+    return MultiplyDirect<Pairs>(weight, run, left + kDirectRows * stride, stride,
+                                 rows - kDirectRows, sums + kDirectRows * kWidth);
+  }
   const bool by_terms = weight.terms_last;
   const auto multiply =
       rows == 1   ? (by_terms ? MultiplyTermsOfFloat8<Pairs, 1> : MultiplyLanes<Pairs, 1, 4>)
