@@ -1,10 +1,10 @@
 """Runs the native kernels under sanitizers.
 
-The tests run under AddressSanitizer and UndefinedBehaviorSanitizer: the library is built with both into a copy of the package, of which only the tests of this run
-know. What the sanitizers find stops the run. JAX itself is not instrumented: reads and writes
-beyond a buffer are seen where that was allocated by itself. ThreadSanitizer would take what XLA's
-threads do unseen for races, so it gets a program without JAX, `races.cc`, that calls the same
-kernels by every instruction set.
+The tests run under AddressSanitizer and UndefinedBehaviorSanitizer: the library is built with both
+into a copy of the package, of which only the tests of this run know. What the sanitizers find stops
+the run. JAX itself is not instrumented: reads and writes beyond a buffer are seen where that was
+allocated by itself. ThreadSanitizer would take what XLA's threads do unseen for races, so it gets a
+program without JAX, `races.cc`, that calls the same kernels by every instruction set.
 
     python kernels/sanitize.py [arguments of pytest]
     python kernels/sanitize.py thread

@@ -249,8 +249,8 @@ def test_an_instruction_set_that_there_is_not_is_refused_by_name():
     program = "import mpjax_kernels._native_library as n; print(n.native_refusal())"
     done = elsewhere(program, MPJAX_NATIVE_ISA="avx1024")
     assert done.stdout == (
-        f"the environment has MPJAX_NATIVE_ISA=avx1024, which is unknown: the best here is {here()}, "
-        f"and there are {', '.join(ISAS)}\n"
+        "the environment has MPJAX_NATIVE_ISA=avx1024, which is unknown: the best here is "
+        f"{here()}, and there are {', '.join(ISAS)}\n"
     )
 
 

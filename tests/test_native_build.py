@@ -53,7 +53,9 @@ def test_every_source_gets_the_flags_of_its_name(hook, commands, monkeypatch, tm
     compiled = {c[c.index("-c") + 1]: set(c) for c in commands if "-shared" not in c}
     for source in SOURCES.glob("*.cc"):
         special = {flag for flag in compiled[str(source)] if flag.startswith("-m")}
-        known = [flags for name, flags in hook.INSTRUCTION_SETS.items() if source.stem.endswith(name)]
+        known = [
+            flags for name, flags in hook.INSTRUCTION_SETS.items() if source.stem.endswith(name)
+        ]
         assert special == {flag for flags in known for flag in flags}
         assert len(known) <= 1
         is_plain = not any(f"_{name}" in source.stem for name in ("avx", "sse"))

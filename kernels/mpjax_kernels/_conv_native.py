@@ -1,9 +1,9 @@
 """Convolutions of int8 as products of patches by native CPU kernels.
 
 What the window holds at each place becomes a row: slices of the image, one for each tap of the
-kernel, next to each other. The rows by the kernel as a matrix is one product, with exact sums, whose
-scales and cast are applied as the result is written. XLA:CPU's own int8 convolution takes longer
-than the slices and the product together.
+kernel, next to each other. The rows by the kernel as a matrix is one product, with exact sums,
+whose scales and cast are applied as the result is written. XLA:CPU's own int8 convolution takes
+longer than the slices and the product together.
 """
 
 import math

@@ -49,7 +49,9 @@ def native_refusal(format: str = FLOAT8[0], by_array: bool = False) -> str | Non
     asked = os.environ.get("MPJAX_NATIVE_ISA") == isa
     if refusal is None and not is_faster and not asked:
         needs = _LEAST if by_array else _NEEDS[format]
-        return f"this CPU ({platform.machine()}) has no {needs}: XLA's own {format} product is faster"
+        return (
+            f"this CPU ({platform.machine()}) has no {needs}: XLA's own {format} product is faster"
+        )
     return refusal
 
 

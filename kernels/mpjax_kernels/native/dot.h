@@ -12,8 +12,8 @@ namespace mpjax {
 
 // A matrix is packed into panels of kRows or kColumns neighbouring lanes (rows of the left operand,
 // columns of the right one). A panel holds, step after step, for each lane the next few terms in 32
-// bits: one in float32, two in bfloat16 or 16-bit integers, or four in int8. Lanes and terms beyond the matrix are zero, or meet a zero
-// of the other operand.
+// bits: one in float32, two in bfloat16 or 16-bit integers, or four in int8. Lanes and terms beyond the
+// matrix are zero, or meet a zero of the other operand.
 inline constexpr int kRows = 8;          // lanes of a left panel
 inline constexpr int kColumns = 16;      // lanes of a right panel
 inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at once, at most
