@@ -1,13 +1,13 @@
-"""Runs the native kernels under sanitizers.
+"""Runs the native kernels under sanitizers, whose first finding stops the run.
 
-The tests run under AddressSanitizer and UndefinedBehaviorSanitizer: the library is built with both
-into a copy of the package, of which only the tests of this run know. What the sanitizers find stops
-the run. JAX itself is not instrumented: reads and writes beyond a buffer are seen where that was
-allocated by itself. ThreadSanitizer would take what XLA's threads do unseen for races, so it gets a
-program without JAX, `races.cc`, that calls the same kernels by every instruction set.
+First a program without JAX, `calls.cc`, calls them by every instruction set, and everything in it
+is instrumented; then the tests run, with a library that was built with the same sanitizers into a
+copy of the package of which only they know. JAX itself is not instrumented, so reads beyond its
+buffers are not seen there, and ThreadSanitizer would take what XLA's threads do unseen for races:
+`thread` runs the program alone.
 
-    python kernels/sanitize.py [arguments of pytest]
-    python kernels/sanitize.py thread
+    python kernels/sanitize.py [arguments of pytest]    # AddressSanitizer and UBSan
+    python kernels/sanitize.py thread                   # ThreadSanitizer
 """
 
 import os
@@ -31,23 +31,25 @@ def main(arguments: list[str]) -> int:
         raise FileNotFoundError("g++ is not there: name another compiler that has libasan as `CXX`")
     with tempfile.TemporaryDirectory(prefix="mpjax-sanitized-") as folder:
         if arguments == ["thread"]:
-            return _races(compiler, Path(folder))
-        return _tests(compiler, folder, arguments)
+            return _calls(compiler, Path(folder), THREAD)
+        failed = _calls(compiler, Path(folder), SANITIZERS)
+        return failed or _tests(compiler, folder, arguments)
 
 
-def _races(compiler: str, folder: Path) -> int:
-    """Runs `races.cc` by every instruction set; the first that fails ends it."""
+def _calls(compiler: str, folder: Path, sanitizers: tuple[str, ...]) -> int:
+    """Runs `calls.cc` by every instruction set; the first that fails ends it."""
     from hatch_build import INSTRUCTION_SETS, build
 
     sources = Path(folder, "sources")
     shutil.copytree(ROOT / "kernels" / "mpjax_kernels" / "native", sources)
-    shutil.copy(ROOT / "kernels" / "races.cc", sources)
-    build(compiler, sources, folder, THREAD, program="races")
+    shutil.copy(ROOT / "kernels" / "calls.cc", sources)
+    build(compiler, sources, folder, sanitizers, program="calls")
     for isa in ("portable", *INSTRUCTION_SETS):
         environment = os.environ | {"MPJAX_NATIVE_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
         print(f"{isa}: ", end="", flush=True)
-        if failed := subprocess.run([folder / "races"], env=environment, check=False).returncode:
-            return failed
+        done = subprocess.run([folder / "calls"], env=environment, check=False)
+        if done.returncode:
+            return done.returncode
     return 0
 
 

@@ -30,8 +30,9 @@ _FASTER: dict[str, tuple[str, ...]] = {
     "avx512_vnni": INT8 + INT4,
     "avx512_bf16": INT8 + INT4 + FLOAT8,
 }
+_LEAST = "AVX2, FMA and F16C"
 _NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI")
-_NEEDS |= dict.fromkeys(INT8 + INT4, _LEAST := "AVX2, FMA and F16C")
+_NEEDS |= dict.fromkeys(INT8 + INT4, _LEAST)
 
 
 @cache

@@ -1,9 +1,9 @@
 """Products of an array by a weight of 8 bits or int4 by native kernels: `native/weight_dot.cc`.
 
-One call multiplies a float32, bfloat16 or float16 array by it in either storage order, decoded where
-it is multiplied, sums in float32, applies the scales, in groups of neighbouring terms or not, and
-casts. What a bfloat16 array is multiplied by is exact in bfloat16, zero points taken off or not; a
-float16 array is multiplied in float32.
+One call multiplies a float32, bfloat16 or float16 array by it in either storage order, decoded
+where it is multiplied, sums in float32, applies the scales, in groups of neighbouring terms or not,
+and casts. What a bfloat16 array is multiplied by is exact in bfloat16, zero points taken off or
+not; a float16 array is multiplied in float32.
 """
 
 import jax

@@ -199,10 +199,12 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
     return MultiplyDirect<Pairs>(weight, run, left + kDirectRows * stride, stride,
                                  rows - kDirectRows, sums + kDirectRows * kWidth);
   }
-  const bool by_terms = weight.terms_last;
+  const bool by_terms = weight.terms_last, is_wide = run.lanes > kWidth;
+  const auto one = is_wide ? MultiplyLanes<Pairs, 1, 4> : MultiplyLanes<Pairs, 1, 1>;
+  const auto two = is_wide ? MultiplyLanes<Pairs, 2, 2> : MultiplyLanes<Pairs, 2, 1>;
   const auto multiply =
-      rows == 1   ? (by_terms ? MultiplyTermsOfFloat8<Pairs, 1> : MultiplyLanes<Pairs, 1, 4>)
-      : rows == 2 ? (by_terms ? MultiplyTermsOfFloat8<Pairs, 2> : MultiplyLanes<Pairs, 2, 2>)
+      rows == 1   ? (by_terms ? MultiplyTermsOfFloat8<Pairs, 1> : one)
+      : rows == 2 ? (by_terms ? MultiplyTermsOfFloat8<Pairs, 2> : two)
       : rows == 3 ? (by_terms ? MultiplyTermsOfFloat8<Pairs, 3> : MultiplyLanes<Pairs, 3, 1>)
                   : (by_terms ? MultiplyTermsOfFloat8<Pairs, 4> : MultiplyLanes<Pairs, 4, 1>);
   multiply(weight, run, left, stride, sums);
