@@ -45,7 +45,8 @@ test-all: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-tpu test-gpu SLOW=1)
 
-# The native kernels under AddressSanitizer and UBSan. The build hook imports hatchling.
+# The native kernels under AddressSanitizer and UBSan, or with ARGS=thread ThreadSanitizer. The build hook
+# imports hatchling.
 test-sanitized: .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet hatchling
 	JAX_PLATFORMS=cpu $(BIN)/python kernels/sanitize.py $(ARGS)

@@ -27,8 +27,11 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inli
 # Float arithmetic as it is written, so that every machine and every loop rounds alike.
 FLAGS += ("-ffp-contract=off", "-fno-math-errno")
 # What instruction sets need, by how the names of their sources end.
-VNNI = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+VNNI = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 INSTRUCTION_SETS = {
+    "avx2": AVX2,
+    "avx_vnni": (*AVX2, "-mavxvnni"),
     "avx512_vnni": VNNI,
     "avx512_bf16": (*VNNI, "-mavx512vbmi", "-mavx512bf16"),
 }
@@ -86,10 +89,16 @@ class NativeKernels(BuildHookInterface):
         build_data["force_include"][str(note)] = f"{PACKAGE.name}/{NOTE}"
 
 
-def build(compiler: str, sources: Path, folder: Path, extra: tuple[str, ...] = ()) -> None:
+def build(
+    compiler: str,
+    sources: Path,
+    folder: Path,
+    extra: tuple[str, ...] = (),
+    program: str | None = None,
+) -> None:
     """Compiles all `*.cc` of a folder, in parallel, and links the library into another.
 
-    `extra` options are for both.
+    `extra` options are for both. With a name for it, a program is linked instead.
 
     Raises:
         OSError, subprocess.CalledProcessError: If the compiler cannot be run, or fails.
@@ -110,6 +119,8 @@ def build(compiler: str, sources: Path, folder: Path, extra: tuple[str, ...] = (
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sorted(sources.glob("*.cc"))))
+    if program is not None:
+        return _run(compiler, *objects, *extra, "-pthread", "-o", str(folder / program))
     # On Linux the standard library is part of it, so that it runs where that is older.
     link = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s")
     link = link if sys.platform == "linux" else ()

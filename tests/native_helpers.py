@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 import mpjax_kernels as mk
+from mpjax_kernels._native_library import _load
 
 MATRIX = (((1,), (0,)), ((), ()))
 FORMATS = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
@@ -20,6 +21,14 @@ DOT, QUANTIZE = (
     'custom_call_target="mpjax_float8_dot"',
     'custom_call_target="mpjax_quantize"',
 )
+
+
+ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16")
+
+
+def here() -> str:
+    """The instruction set of this process, empty without native kernels."""
+    return _load()[0]
 
 
 def tensor(values, format, scale=None) -> mk.QTensor:

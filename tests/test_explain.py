@@ -90,7 +90,7 @@ def test_a_recomputed_forward_pass_says_so():
 
 
 def test_weights_of_4_bits_lie_in_memory_as_floats_on_a_cpu_without_native_kernels(monkeypatch):
-    monkeypatch.setattr(_native_weight, "native_refusal", lambda name: f"no kernels of {name}")
+    monkeypatch.setattr(_native_weight, "native_refusal", lambda name, **_: f"no kernels of {name}")
     model, stored = small("int4/64_from_mixed_bfloat16", stored=True)
     (row,) = mp.explain(model.apply, stored, X).products
     # XLA:CPU multiplies them by many rows in bfloat16, which it makes of all of them first.

@@ -12,6 +12,7 @@ import pytest
 
 import mpjax_kernels as mk
 from mpjax_kernels._conv import IMPLEMENTATIONS
+from mpjax_kernels._native_library import native_refusal
 from tests.kernels_helpers import U, exact, normal, quantize
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -115,6 +116,9 @@ def shared_axes(case) -> tuple[Sequence[int], Sequence[int]]:
 
 def takes(implementation: str, case) -> bool:
     strides, options = case[2], case[-1]
+    if implementation == "native":
+        groups = {options.get(f"{of}_group_count", 1) for of in ("feature", "batch")}
+        return groups == {1} and native_refusal("int8") is None
     grouped = options.get("feature_group_count", 1) not in (1, case[0][-1])
     special = grouped or options.get("batch_group_count", 1) != 1 or len(strides) not in (1, 2)
     return implementation != "cpu" or not special
@@ -257,9 +261,40 @@ def test_a_scale_that_is_nan_reaches_its_outputs_and_no_others():
     q, r = mk.quantize(x, axis=(1, 2, 3)), mk.quantize(w, axis=(0, 1, 2))
     expected = np.zeros((2, 7, 6, 8), bool)
     expected[1], expected[..., 5] = True, True
-    for implementation in IMPLEMENTATIONS:
+    for implementation in filter(lambda name: takes(name, PLAIN), IMPLEMENTATIONS):
         result = convolve(PLAIN, implementation=implementation)(q, r)
         np.testing.assert_array_equal(~np.isfinite(result), expected)
+
+
+@pytest.mark.skipif(native_refusal("int8") is not None, reason="no native kernels of int8")
+def test_a_native_convolution_is_one_call_of_patches():
+    x, w = normal(*PLAIN[0]), normal(*PLAIN[1])
+    q, r = mk.quantize(x, axis=(1, 2, 3)), mk.quantize(w, axis=(0, 1, 2))
+    call = jax.jit(convolve(PLAIN, preferred_element_type=jnp.bfloat16))
+    text = call.lower(q, r).compile().as_text() or ""
+    assert text.count('custom_call_target="mpjax_int8_dot"') == 1
+    assert "s8[84,36]" in text.replace("s8[1,84,36]", "s8[84,36]")  # 2 * 7 * 6 places of 3 * 3 * 4
+    assert not any(" convolution(" in line for line in text.splitlines())
+    exported = jax.export.export(call)(q, r)
+    assert "mpjax_int8_dot" not in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(q, r), call(q, r))  # the same sums, and roundings
+
+
+def test_the_native_form_says_what_it_does_not_take():
+    q, r = (mk.quantize(jnp.ones(shape)) for shape in PLAIN[:2])
+    for lhs, rhs, strides, options, message in [
+        (jnp.ones(PLAIN[0]), r, (1, 1), {}, "`lhs` is .*: both must be QTensors of"),
+        (q, mk.quantize(jnp.ones((3, 3, 2, 8))), (1, 1), {"feature_group_count": 2}, "it takes 1"),
+        (q, mk.quantize(jnp.ones((12, 12, 4, 1))), (1, 1), {}, "has 144 taps: it takes 128"),
+    ]:
+        with pytest.raises(NotImplementedError, match=message):
+            options |= {**NHWC, "implementation": "native"}
+            mk.conv_general_dilated(lhs, rhs, strides, "SAME", **options)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((99, 512, 512, 8), (3, 3, 8, 8))]
+    large = [jax.eval_shape(mk.quantize, shape) for shape in shapes]
+    call = functools.partial(convolve(PLAIN, implementation="native"))
+    with pytest.raises(NotImplementedError, match="the patches would take 1868562432 bytes"):
+        jax.eval_shape(call, *large)
 
 
 def test_the_cpu_form_is_for_cpus_alone():
@@ -318,7 +353,7 @@ def test_bad_arguments():
     x, w = jnp.ones(PLAIN[0]), mk.quantize(jnp.ones(PLAIN[1]))
     conv = mk.conv_general_dilated
     with pytest.raises(
-        ValueError, match=r"unknown .* 'gpuu': known are \['cpu', 'reference', 'xla"
+        ValueError, match=r"unknown .* 'gpuu': known are \['cpu', 'native', 'reference', 'xla"
     ):
         conv(x, w, (1, 1), "SAME", **NHWC, implementation="gpuu")
     with pytest.raises(ValueError, match="feature_group_count.* must equal|feature dimension size"):

@@ -18,7 +18,17 @@ import mpjax_kernels as mk
 from mpjax_kernels._native_library import native_refusal
 from mpjax_kernels._quantize import _QuantizeBy
 from tests.kernels_helpers import normal
-from tests.native_helpers import FORMATS, MATRIX, Case, elsewhere, integers, product, tensor
+from tests.native_helpers import (
+    FORMATS,
+    ISAS,
+    MATRIX,
+    Case,
+    elsewhere,
+    here,
+    integers,
+    product,
+    tensor,
+)
 
 pytestmark = pytest.mark.skipif(
     native_refusal() is not None, reason=f"no native kernels here: {native_refusal()}"
@@ -98,7 +108,7 @@ def test_all_bfloat16_numbers_are_cast_as_numpy_does(format):
         np.testing.assert_array_equal(np.asarray(q.values).view(np.uint8), expected.view(np.uint8))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("scale", [0.0, 3e-3, -1.0, np.nan, np.inf])
 @pytest.mark.parametrize("bad", [None, np.nan, -np.inf])
@@ -106,6 +116,7 @@ def test_quantizing_gives_the_bits_of_xla(scale, format, dtype, bad):
     """A large array, so that it is cut into chunks; 0 is a scale that is not known yet."""
     rng = np.random.default_rng(3)
     x = np.exp(3 * rng.standard_normal(70001, np.float32)) * rng.choice([-1, 1], 70001)
+    x = np.clip(x, -6e4, 6e4)  # so that they are float16 too
     x[50000] = x[50000] if bad is None else bad
     known = jnp.full((1,), scale, jnp.float32)
     operands = jnp.asarray(x, dtype), known
@@ -190,8 +201,8 @@ def test_refusals_say_why():
     r = mk.quantize(x, "float8_e4m3fn")
     with pytest.raises(NotImplementedError, match="a scale varies along a contracting axis"):
         product(q, r, MATRIX)
-    with pytest.raises(NotImplementedError, match="float32.* by .*float8.*: an array must be"):
-        product(normal(4, 8), r, MATRIX)
+    with pytest.raises(NotImplementedError, match="`rhs` is .*fnuz.*: both must be QTensors of"):
+        product(mk.quantize(normal(4, 8)), mk.quantize(x, "float8_e4m3fnuz"), MATRIX)
 
 
 ELSEWHERE = """
@@ -199,6 +210,8 @@ import numpy as np, jax, jax.numpy as jnp, mpjax_kernels as mk
 from mpjax_kernels._native_library import native_refusal, _load
 from tests.native_helpers import Case, product, tensor
 print(native_refusal() or native_refusal("int8") or _load()[0])
+if native_refusal():
+    raise SystemExit
 for case in (
     Case(1, 37, 131, 53, (True, False)),
     Case(2, 70, 65, 9, (False, True)),
@@ -216,10 +229,13 @@ for case in (
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx512_vnni"])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != here()])
 def test_other_instruction_sets_compute_the_same(isa):
-    """A CPU of the one that computes here has them all."""
+    """All that this CPU has; what it has not is refused by name."""
     done = elsewhere(ELSEWHERE, MPJAX_NATIVE_ISA=isa)
+    if done.stdout.startswith("the environment has MPJAX_NATIVE_ISA="):
+        assert f"the best here is {here()}, and there are " in done.stdout
+        pytest.skip(f"this CPU has no {isa}")
     assert done.returncode == 0, done.stderr
     x = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)
     lines = []
@@ -227,6 +243,15 @@ def test_other_instruction_sets_compute_the_same(isa):
         q = mk.quantize(x, format)
         lines.append(f"{np.asarray(q.values).view(np.uint8).sum()} {float(q.scale[0])}")
     assert done.stdout.splitlines() == [isa, *lines * 3]
+
+
+def test_an_instruction_set_that_there_is_not_is_refused_by_name():
+    program = "import mpjax_kernels._native_library as n; print(n.native_refusal())"
+    done = elsewhere(program, MPJAX_NATIVE_ISA="avx1024")
+    assert done.stdout == (
+        "the environment has MPJAX_NATIVE_ISA=avx1024, which is unknown: the best here is "
+        f"{here()}, and there are {', '.join(ISAS)}\n"
+    )
 
 
 def test_the_environment_turns_them_off():

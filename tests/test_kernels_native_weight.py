@@ -1,4 +1,4 @@
-"""The native CPU kernels of weights: an array by int8 or int4, exact or off by what sums are."""
+"""The native CPU kernels of weights: an array by 8 bits or int4, exact or off by what sums are."""
 
 from dataclasses import dataclass, replace
 
@@ -10,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpjax_kernels as mk
-from mpjax_kernels._native_library import native_refusal
+from mpjax_kernels._native_library import FLOAT8, native_refusal
 from tests.kernels_helpers import U, normal
-from tests.native_helpers import MATRIX, elsewhere, product
+from tests.native_helpers import ISAS, MATRIX, elsewhere, here, integers, product
 
 pytestmark = pytest.mark.skipif(
     native_refusal("int4") is not None, reason=f"no native kernels: {native_refusal('int4')}"
 )
 
 CALL = 'custom_call_target="mpjax_weight_dot"'
-FORMATS = ("int8", "int4")
+INTEGERS = ("int8", "int4")
+FORMATS = (*INTEGERS, *FLOAT8)
+ARRAYS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,19 @@ class Weighed:
         """
         rng, terms = np.random.default_rng(seed), self.groups * self.group
         x = rng.integers(-3, 4, (self.rows, terms))
-        most = mk.get_format(self.format).max
-        w = rng.integers(-most - self.has_zero, most + 1, (terms, self.columns))
+        most, has_zero = int(mk.get_format(self.format).max), self.has_zero
+        if self.format in FLOAT8:
+            most, has_zero = 8, False
+            w = integers(rng, (terms, self.columns))
+        else:
+            w = rng.integers(-most - has_zero, most + 1, (terms, self.columns))
         scale = rng.choice([0.5, 1.0, 2.0], (self.groups, self.columns))
-        zero = rng.integers(-most - 1, most + 1, scale.shape) * self.has_zero
+        zero = rng.integers(-most - 1, most + 1, scale.shape) * has_zero
         q = mk.QTensor(
             jnp.asarray(w, self.format),
             jnp.asarray(scale, jnp.float32),
             np.dtype("float32"),
-            jnp.asarray(zero, jnp.int8) if self.has_zero else None,
+            jnp.asarray(zero, jnp.int8) if has_zero else None,
         )
         spread = (np.repeat(part, self.group, 0) for part in (zero, scale))
         exact = x @ ((w - next(spread)) * next(spread))
@@ -66,7 +72,7 @@ cases = st.builds(
     st.one_of(st.integers(2, 9), st.sampled_from([16, 31, 32, 64, 97])),
     st.one_of(st.integers(0, 9), st.sampled_from([31, 64, 65, 97, 128, 256, 300])),
     st.sampled_from(FORMATS),
-    st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from(ARRAYS),
     st.booleans(),
     st.booleans(),
 )
@@ -98,9 +104,27 @@ def test_blocks_of_a_long_sum_are_exact(rows, columns, format, terms_last):
     """More terms than are decoded at once, more columns than one thread takes."""
     check(Weighed(rows, 1, 998, columns, format, "bfloat16", False, terms_last))
     check(Weighed(rows, 2, 499, columns, format, "float32", True, terms_last))
+    check(Weighed(rows, 2, 499, columns, format, "float16", False, terms_last))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FLOAT8)
+@pytest.mark.parametrize("terms_last", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_every_bit_pattern_of_float8_is_decoded(format, terms_last, rows):
+    """Subnormal numbers, both zeros, infinities and NaN among them."""
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.dtype(format))
+    values = np.zeros((18, 256), numbers.dtype)  # more terms than few
+    values[17] = numbers
+    q = mk.QTensor(jnp.asarray(values), jnp.ones((1, 1)), np.dtype("float32"))
+    q = mk.contiguous(q, axis=0) if terms_last else q
+    expected = np.broadcast_to(0.5 * numbers.astype(np.float32), (rows, 256))
+    for dtype in ARRAYS:
+        x = jnp.full((rows, 18), 0.5, dtype)
+        found = product(x, q, MATRIX, preferred_element_type="float32")
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("format", INTEGERS)
 @pytest.mark.parametrize("terms_last", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 def test_every_value_is_decoded(format, terms_last, rows):
@@ -108,7 +132,7 @@ def test_every_value_is_decoded(format, terms_last, rows):
     values = jnp.arange(lowest, -lowest).reshape(1, -1) * jnp.ones((16, 1), jnp.int32)
     q = mk.QTensor(values.astype(format), jnp.ones((1, 1)), np.dtype("float32"))
     q = mk.contiguous(q, axis=0) if terms_last else q
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ARRAYS:
         found = product(jnp.full((rows, 16), 0.5, dtype), q, MATRIX, preferred_element_type=dtype)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, jnp.broadcast_to(8 * values[0], found.shape))
@@ -165,8 +189,15 @@ def test_a_weight_on_the_left_and_an_array_stored_the_other_way():
     assert (np.abs(found - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("policy", ["int8_weight_only_from_float32", "int4/16_from_mixed_bfloat16"])
-def test_quantized_models_make_the_calls(policy):
+@pytest.mark.parametrize(
+    "policy, weight",
+    [
+        ("int8_weight_only_from_float32", "s8[32,24]"),
+        ("int8_weight_only_from_mixed_float16", "s8[32,24]"),
+        ("int4/16_from_mixed_bfloat16", "s4[32,24]"),
+    ],
+)
+def test_quantized_models_make_the_calls(policy, weight):
     """The weight is an argument of the call as it lies: nothing decodes or moves it."""
     import flax.linen as nn
 
@@ -177,7 +208,6 @@ def test_quantized_models_make_the_calls(policy):
     variables = mp.quantize(model, model.init(jax.random.key(0), x), x)
     text = jax.jit(model.apply).lower(variables, x).compile().as_text() or ""
     assert text.count(CALL) == 1
-    weight = "s8[32,24]" if policy.startswith("int8") else "s4[32,24]"
     assert weight in text
     for line in text.splitlines():
         assert not (weight in line and (" convert(" in line or " transpose(" in line)), line
@@ -205,12 +235,10 @@ def test_an_array_has_a_derivative():
 
 def test_refusals_say_why():
     x, w = normal(4, 32), normal(32, 4)
-    with pytest.raises(
-        NotImplementedError, match="float16.* by QTensor.*: an array must be one of"
-    ):
-        product(x.astype(jnp.float16), mk.quantize(w), MATRIX)
-    with pytest.raises(NotImplementedError, match="float8_e4m3fn.*: an array must be one of"):
-        product(x, mk.quantize(w, "float8_e4m3fn"), MATRIX)
+    with pytest.raises(NotImplementedError, match="int32.* by QTensor.*: an array must be one of"):
+        product(x.astype(jnp.int32), mk.quantize(w), MATRIX)
+    with pytest.raises(NotImplementedError, match="float8_e4m3fnuz.*: an array must be one of"):
+        product(x, mk.quantize(w, "float8_e4m3fnuz"), MATRIX)
     with pytest.raises(NotImplementedError, match="a scale changes with every term"):
         product(x, mk.quantize(w, axis=0, group_size=1), MATRIX)
     q = mk.quantize(w.reshape(4, 8, 4), axis=(0, 1), group_size=(2, 4))
@@ -248,16 +276,20 @@ def test_a_call_that_does_not_fit_is_an_error_of_xla(changed, message):
 ELSEWHERE = """
 from mpjax_kernels._native_library import _load
 from tests.test_kernels_native_weight import Weighed, check
-print(_load()[0])
-for array in ("float32", "bfloat16"):
-    for format in ("int8", "int4"):
+print(_load()[1] or _load()[0])
+if _load()[1]:
+    raise SystemExit
+for array in ("float32", "bfloat16", "float16"):
+    for format in ("int8", "int4", "float8_e4m3fn", "float8_e5m2"):
         for terms_last in (False, True):
             check(Weighed(1, 2, 31, 300, format, array, True, terms_last))
             check(Weighed(9, 3, 64, 65, format, array, False, terms_last))
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx512_vnni"])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != here()])
 def test_other_instruction_sets_compute_the_same(isa):
     done = elsewhere(ELSEWHERE, MPJAX_NATIVE_ISA=isa)
+    if done.stdout.startswith("the environment has MPJAX_NATIVE_ISA="):
+        pytest.skip(f"this CPU has no {isa}")
     assert (done.returncode, done.stdout) == (0, f"{isa}\n"), done.stderr

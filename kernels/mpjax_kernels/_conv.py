@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from . import _conv_cpu, _conv_reference, _conv_xla
+from . import _conv_cpu, _conv_native, _conv_reference, _conv_xla
 from ._arguments import as_operand, result_dtype
 from ._convolution import Convolution, Padding, convolution
 from ._derivative import linear_in_array, without_derivative
@@ -19,6 +19,7 @@ from ._storage import as_stored
 
 # In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
+    "native": Implementation(_conv_native.refusal, _conv_native.conv, ("cpu",), is_native=True),
     "cpu": Implementation(_conv_cpu.refusal, _conv_cpu.conv, ("cpu",)),
     "xla": Implementation(_conv_xla.refusal, _conv_xla.conv),
     "reference": Implementation(_conv_reference.refusal, _conv_reference.conv),
@@ -55,6 +56,8 @@ def conv_general_dilated(
 
     Implementations, in the order they are tried:
 
+    - `"native"`: two QTensors of int8, on CPUs, where the package was built with native kernels and
+      a program may call them, as a product of patches: features all together, up to 128 taps.
     - `"cpu"`: two QTensors of integers, on CPUs: the sums of `"xla"`, laid out as XLA:CPU runs
       them fast.
     - `"xla"`: operands with such scales. Two QTensors of integers without zero points accumulate

@@ -52,9 +52,9 @@ def dot_general(
     Implementations, in the order they are tried:
 
     - `"native"`: on CPUs, a call of a native kernel for two QTensors of int8, with exact sums, two
-      of float8, or a float32 or bfloat16 array and a QTensor of int8 or int4, where the package was
-      built with them; in programs for one device, or inside of `jax.shard_map`, and not in
-      exported ones.
+      of float8, or a float32, bfloat16 or float16 array and a QTensor of int8, int4 or float8,
+      where the package was built with them; in programs for one device, or inside of
+      `jax.shard_map`, and not in exported ones.
     - `"tpu"`: on TPUs, a Pallas kernel for 256 rows of bfloat16 or more by a QTensor of int8 or
       int4 with a scale per group of a multiple of 128 terms; in the same programs as `"native"`.
     - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same

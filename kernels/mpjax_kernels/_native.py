@@ -22,7 +22,7 @@ from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
 from ._multiplicands import zero_point_refusal
-from ._native_library import FLOAT8, INT8, native_refusal
+from ._native_library import FLOAT8, INT8, REALS, native_refusal
 from ._native_or import is_partly_manual
 from ._qtensor import QTensor, describe
 from ._xla import overflow
@@ -83,7 +83,7 @@ def dot_general(
     if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
         return _native_weight.dot_general(lhs, rhs, contraction, dtype)
     left, right, _ = matrices(lhs, rhs, contraction, swapped=False)
-    out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+    out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)
     call = jax.ffi.ffi_call(_CALLS[lhs.format.name], result, vmap_method="expand_dims")
     product = partial(call, lhs_terms_last=left.terms_last, rhs_terms_last=right.terms_last)

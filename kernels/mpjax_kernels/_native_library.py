@@ -2,12 +2,13 @@
 
 It is loaded when this package is imported, and nothing is compiled then. Two variables of the
 environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA` names
-an instruction set to use instead of the best that the CPU has, to test it: `avx512_vnni`, or
-`portable` for plain C++.
+an instruction set to use instead of the best that the CPU has, to test it. What a CPU has not is
+refused by name. Machines that are not x86 have `portable`, plain C++, alone.
 """
 
 import ctypes
 import os
+import platform
 import re
 from functools import cache
 from pathlib import Path
@@ -17,21 +18,41 @@ import jax
 _PATH = Path(__file__).parent / "libmpjax_native.so"
 _TARGETS = ("mpjax_float8_dot", "mpjax_int8_dot", "mpjax_quantize", "mpjax_weight_dot")
 
+# The dtypes of arrays that kernels take, and of what they return.
+REALS = ("float32", "bfloat16", "float16")
 # The formats that kernels of an instruction set multiply faster than XLA, which is what counts
 # where the environment does not ask for it.
 FLOAT8, INT8, INT4 = ("float8_e4m3fn", "float8_e5m2"), ("int8",), ("int4",)
-_FASTER = {"avx512_bf16": FLOAT8 + INT8 + INT4, "avx512_vnni": INT8 + INT4, "portable": ()}
+_FASTER: dict[str, tuple[str, ...]] = {
+    "portable": (),
+    "avx2": INT8 + INT4,
+    "avx_vnni": INT8 + INT4,
+    "avx512_vnni": INT8 + INT4,
+    "avx512_bf16": INT8 + INT4 + FLOAT8,
+}
+_LEAST = "AVX2, FMA and F16C"
 _NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI")
-_NEEDS |= dict.fromkeys(INT8 + INT4, "AVX512-VNNI")
+_NEEDS |= dict.fromkeys(INT8 + INT4, _LEAST)
 
 
 @cache
-def native_refusal(format: str = FLOAT8[0]) -> str | None:
-    """Why there are no native kernels for a format here; None if there are."""
+def native_refusal(format: str = FLOAT8[0], by_array: bool = False) -> str | None:
+    """Why there are no native kernels for a format here; None if there are.
+
+    Args:
+        format: The name of the format.
+        by_array: Whether it is multiplied by an array, and not by one of its kind.
+    """
     isa, refusal = _load()
+    faster = _FASTER.get(isa, ())
+    # XLA decodes all of a float8 weight, which takes it longer than the product.
+    is_faster = format in faster or (by_array and bool(faster))
     asked = os.environ.get("MPJAX_NATIVE_ISA") == isa
-    if refusal is None and format not in _FASTER[isa] and not asked:
-        return f"this CPU has no {_NEEDS[format]}: XLA's own {format} product is faster"
+    if refusal is None and not is_faster and not asked:
+        needs = _LEAST if by_array else _NEEDS[format]
+        return (
+            f"this CPU ({platform.machine()}) has no {needs}: XLA's own {format} product is faster"
+        )
     return refusal
 
 
@@ -57,10 +78,17 @@ def _load() -> tuple[str, str | None]:
             "of this jaxlib: install mpjax again from source"
         )
     library.mpjax_native_isa.restype = ctypes.c_char_p
+    isa, wanted = library.mpjax_native_isa().decode(), os.environ.get("MPJAX_NATIVE_ISA", "")
+    if wanted not in ("", isa):
+        why = "this CPU has not, or the compiler had not" if wanted in _FASTER else "is unknown"
+        return "", (
+            f"the environment has MPJAX_NATIVE_ISA={wanted}, which {why}: the best here is {isa}, "
+            f"and there are {', '.join(_FASTER)}"
+        )
     for target in _TARGETS:
         function = jax.ffi.pycapsule(getattr(library, target))
         jax.ffi.register_ffi_target(target, function, platform="cpu")
-    return library.mpjax_native_isa().decode(), None
+    return isa, None
 
 
 def _ffi_version() -> tuple[int, int]:

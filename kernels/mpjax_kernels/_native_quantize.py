@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ._formats import Format
 from ._native import surroundings_refusal
-from ._native_library import FLOAT8, INT8, native_refusal
+from ._native_library import FLOAT8, INT8, REALS, native_refusal
 from ._native_or import native_or
 
 # Values, scale, amax.
@@ -35,7 +35,7 @@ def takes(x: Float[Array, "*shape"], scales: tuple[int, ...], format: Format, ke
         return False
     if format.name in FLOAT8 and any(size != 1 for size in scales):
         return False
-    if x.dtype not in (jnp.float32, jnp.bfloat16) or surroundings_refusal(*x.shape):
+    if x.dtype.name not in REALS or surroundings_refusal(*x.shape):
         return False
     lead = 0
     while lead < x.ndim and scales[lead] == x.shape[lead]:
@@ -55,7 +55,7 @@ def dynamic_or(
 
     Args:
         otherwise: Hashable; used where a program cannot have native calls.
-        x: float32 or bfloat16.
+        x: float32, bfloat16 or float16.
         scales: The shape of the scales.
         format: The format.
     """
@@ -76,7 +76,7 @@ def quantize_or(
 
     Args:
         otherwise: Hashable; used where a program cannot have native calls.
-        x: float32 or bfloat16.
+        x: float32, bfloat16 or float16.
         scale: float32, of a shape that `takes` says is taken.
         format: The format.
         is_shared: Whether all entries of an axis that `jax.vmap` maps share a scale that it does

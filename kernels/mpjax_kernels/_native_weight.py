@@ -1,8 +1,9 @@
-"""Products of an array by a weight of int8 or int4 by native CPU kernels: `native/weight_dot.cc`.
+"""Products of an array by a weight of 8 bits or int4 by native kernels: `native/weight_dot.cc`.
 
-One call multiplies a float32 or bfloat16 array by a weight in either storage order, decoded where
-it is multiplied, sums in float32, applies the scales, in groups of neighbouring terms or not, and
-casts. What a bfloat16 array is multiplied by is exact in bfloat16, zero points taken off or not.
+One call multiplies a float32, bfloat16 or float16 array by it in either storage order, decoded
+where it is multiplied, sums in float32, applies the scales, in groups of neighbouring terms or not,
+and casts. What a bfloat16 array is multiplied by is exact in bfloat16, zero points taken off or
+not; a float16 array is multiplied in float32.
 """
 
 import jax
@@ -13,10 +14,10 @@ from jaxtyping import Array, Float
 from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import has_scale_per_term
-from ._native_library import INT4, INT8, native_refusal
+from ._native_library import FLOAT8, INT4, INT8, REALS, native_refusal
 from ._qtensor import QTensor, describe
 
-_ARRAYS = ("float32", "bfloat16")
+_WEIGHTS = INT8 + INT4 + FLOAT8
 
 
 def refusal(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction) -> str | None:
@@ -26,16 +27,16 @@ def refusal(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
         (lhs, rhs, c.lhs_contract) if isinstance(lhs, QTensor) else (rhs, lhs, c.rhs_contract)
     )
     assert isinstance(weight, QTensor)
-    if weight.format.name not in INT8 + INT4 or array.dtype.name not in _ARRAYS:
+    if weight.format.name not in _WEIGHTS or array.dtype.name not in REALS:
         return (
-            f"{describe(array)} by {describe(weight)}: an array must be one of {_ARRAYS}, and what "
-            f"it is multiplied by one of {INT8 + INT4}"
+            f"{describe(array)} by {describe(weight)}: an array must be one of {REALS}, and what "
+            f"it is multiplied by one of {_WEIGHTS}"
         )
     if not _groups_are_runs(weight, contract):
         return "terms that share a scale do not lie next to each other"
     if has_scale_per_term(lhs, rhs, c):
         return "a scale changes with every term"
-    return native_refusal(weight.format.name)
+    return native_refusal(weight.format.name, by_array=True)
 
 
 def _groups_are_runs(weight: QTensor, contract: tuple[int, ...]) -> bool:
@@ -60,7 +61,7 @@ def dot_general(
         return jnp.zeros(contraction.result_shape, dtype)
     swapped = isinstance(lhs, QTensor)
     left, weight, _ = matrices(lhs, rhs, contraction, swapped)
-    out = jnp.dtype(dtype) if dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+    out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, weight.free), out)
     call = jax.ffi.ffi_call("mpjax_weight_dot", result, vmap_method="expand_dims")
     rows = left.values if left.terms_last else jnp.swapaxes(left.values, 1, 2)

@@ -17,6 +17,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "product.h"
+#include "real_type.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mpjax {
@@ -54,12 +55,24 @@ const DotKernels& Float8Kernels() {
 #if defined(MPJAX_HAS_AVX512_BF16)
   if (CurrentIsa() >= Isa::kAvx512Bf16) return kAvx512Float8Dot;
 #endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Float8Dot;
+#endif
   return kPortableFloat8Dot;
 }
 
 const DotKernels& Int8Kernels() {
 #if defined(MPJAX_HAS_AVX512_VNNI)
   if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Int8Dot;
+#endif
+#if defined(MPJAX_HAS_AVX_VNNI)
+  if (CurrentIsa() == Isa::kAvxVnni && HasAvxVnni()) return kAvxVnniInt8Dot;
+#endif
+#if defined(MPJAX_HAS_AVX512_VNNI)
+  if (CurrentIsa() == Isa::kAvxVnni) return kAvx512Int8Dot256;
+#endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Int8Dot;
 #endif
   return kPortableInt8Dot;
 }
@@ -134,9 +147,7 @@ ffi::Error Dot(const Family& family, ffi::ThreadPool pool, const Operand& left,
   if (shape.size() < 2 || left.rank() != shape.size()) {
     return invalid("operands and result differ in rank");
   }
-  if (type != ffi::F32 && type != ffi::BF16) {
-    return invalid("the result is not float32 or bfloat16");
-  }
+  if (!IsReal(type)) return invalid("the result is not float32, bfloat16 or float16");
   const int64_t rows = shape[shape.size() - 2], columns = shape[shape.size() - 1];
   std::string wrong = left.Refusal(family, shape, rows, left.terms());
   if (wrong.empty()) wrong = right.Refusal(family, shape, columns, left.terms());
@@ -144,11 +155,10 @@ ffi::Error Dot(const Family& family, ffi::ThreadPool pool, const Operand& left,
   if (out.element_count() == 0) return ffi::Error::Success();
 
   const int64_t batch = static_cast<int64_t>(out.element_count()) / (rows * columns);
-  const int64_t bytes = type == ffi::BF16 ? 2 : 4;
+  const Real real = RealOf(type);
   const auto compute = [&](int64_t b, Loop& loop) {
-    char* to = static_cast<char*>(out.untyped_data()) + b * rows * columns * bytes;
-    const Product product = {left.At(shape, b), right.At(shape, b), left.terms(), to,
-                             type == ffi::BF16};
+    char* to = static_cast<char*>(out.untyped_data()) + b * rows * columns * BytesOf(real);
+    const Product product = {left.At(shape, b), right.At(shape, b), left.terms(), to, real};
     return Compute(family.kernels(), product, loop);
   };
   std::atomic<bool> in_memory{true};

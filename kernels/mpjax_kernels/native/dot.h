@@ -6,13 +6,14 @@
 #include <cstdint>
 
 #include "float8.h"
+#include "real.h"
 
 namespace mpjax {
 
 // A matrix is packed into panels of kRows or kColumns neighbouring lanes (rows of the left operand,
 // columns of the right one). A panel holds, step after step, for each lane the next few terms in 32
-// bits: two in bfloat16 or four in int8. Lanes and terms beyond the matrix are zero, or meet a zero
-// of the other operand.
+// bits: one in float32, two in bfloat16 or 16-bit integers, or four in int8. Lanes and terms beyond the
+// matrix are zero, or meet a zero of the other operand.
 inline constexpr int kRows = 8;          // lanes of a left panel
 inline constexpr int kColumns = 16;      // lanes of a right panel
 inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at once, at most
@@ -52,7 +53,7 @@ union Sum {
 // because the product of two small ones can underflow where the result does not.
 struct Target {
   void* out;
-  bool is_bfloat16;         // else float32
+  Real type;
   int64_t row_stride;       // of `out`, in numbers; columns are next to each other
   const float* row_scales;  // of row i: row_scales[i * row_scale_stride]
   int64_t row_scale_stride;
@@ -101,9 +102,13 @@ struct DotKernels {
 };
 
 extern const DotKernels kPortableFloat8Dot;
+extern const DotKernels kAvx2Float8Dot;
 extern const DotKernels kAvx512Float8Dot;
 extern const DotKernels kPortableInt8Dot;
+extern const DotKernels kAvx2Int8Dot;
+extern const DotKernels kAvxVnniInt8Dot;
 extern const DotKernels kAvx512Int8Dot;
+extern const DotKernels kAvx512Int8Dot256;  // as AVX-VNNI
 
 }  // namespace mpjax
 

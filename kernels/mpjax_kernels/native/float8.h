@@ -27,6 +27,12 @@ struct DecodeTable {
 
 const DecodeTable& TableOf(bool is_e5m2);
 
+// The bfloat16 of a bit pattern.
+inline uint16_t Decoded(uint8_t bits, const DecodeTable& table) {
+  const int high = table.high[bits & 0x7F] | (bits & 0x80);
+  return static_cast<uint16_t>((high << 8) | table.low[bits & 0x7F]);
+}
+
 }  // namespace mpjax
 
 #endif  // MPJAX_KERNELS_NATIVE_FLOAT8_H_

@@ -1,26 +1,15 @@
 // The product of float8 matrices in plain C++, which is right on every machine.
 
-#include <cstring>
-
 #include "tile_portable.h"
 
 namespace mpjax {
 namespace {
 
-float FromBfloat16(uint16_t number) {
-  const uint32_t bits = static_cast<uint32_t>(number) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
   const DecodeTable& table = *source.table;
   ForEachPacked(source, lanes, terms, to.is_left, [&](uint8_t bits, int panel, int width, int lane,
                                                       int64_t term) {
-    const int high = table.high[bits & 0x7F] | (bits & 0x80);
-    to.data[panel * to.stride + (term / 2) * 2 * width + 2 * lane + term % 2] =
-        static_cast<uint16_t>((high << 8) | table.low[bits & 0x7F]);
+    to.data[panel * to.stride + (term / 2) * 2 * width + 2 * lane + term % 2] = Decoded(bits, table);
   });
 }
 
@@ -34,10 +23,10 @@ void Multiply(const uint16_t* left, int rows, const uint16_t* right, int64_t pan
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const uint16_t* a = left + 2 * (pair * kRows + row);
         const uint16_t* b = right + panel * panel_stride + 2 * pair * kColumns;
-        const float first = FromBfloat16(a[0]), second = FromBfloat16(a[1]);
+        const float first = ToFloat(a[0]), second = ToFloat(a[1]);
         for (int column = 0; column < kColumns; ++column) {
-          total[column] += first * FromBfloat16(b[2 * column]);
-          total[column] += second * FromBfloat16(b[2 * column + 1]);
+          total[column] += first * ToFloat(b[2 * column]);
+          total[column] += second * ToFloat(b[2 * column + 1]);
         }
       }
       for (int column = 0; column < kColumns; ++column) to[column].real = total[column];

@@ -55,7 +55,7 @@ class Pairs {
   const Float8Tables tables_;
 };
 
-struct AddFloats {
+struct AddParts {
   static __m512i To(__m512i total, __m512i part) {
     return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(total), _mm512_castsi512_ps(part)));
   }
@@ -103,7 +103,7 @@ void StreamFloat8(const uint32_t* left, int64_t left_stride, int rows, const Sou
 }
 
 void SettleFloat8(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* tile) {
-  SettleTile<AddFloats>(sums, rows, stride, parts, tile);
+  SettleTile<AddParts>(sums, rows, stride, parts, tile);
 }
 
 }  // namespace mpjax

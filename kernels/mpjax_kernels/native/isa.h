@@ -5,12 +5,16 @@
 
 namespace mpjax {
 
-// In their order: each has what those before it have.
-enum class Isa { kPortable, kAvx512Vnni, kAvx512Bf16 };
+// From the slowest to the fastest. AVX-VNNI is not a part of AVX512-VNNI: a CPU that has the latter alone
+// has the same instruction on 256 bits in another form, and takes that where AVX-VNNI is asked for.
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16 };
 
 // The best that this CPU has, or the one that MPJAX_NATIVE_ISA names in the environment, if it has
 // that.
 Isa CurrentIsa();
+
+// Whether the CPU has AVX-VNNI itself, and so has the library.
+bool HasAvxVnni();
 
 }  // namespace mpjax
 

@@ -229,10 +229,10 @@ class Blocks {
     for (int64_t j = 0; j < width; ++j) {
       scales[j] = p_.right.scale[(column + j) * p_.right.scale_stride];
     }
-    const int64_t lane = first_row_ + row, bytes = p_.out_is_bfloat16 ? 2 : 4;
+    const int64_t lane = first_row_ + row, bytes = BytesOf(p_.out_type);
     const float* row_scales = p_.left.scale + lane * p_.left.scale_stride;
     char* out = static_cast<char*>(p_.out);
-    Target target = {out, p_.out_is_bfloat16, p_.right.lanes, row_scales, p_.left.scale_stride,
+    Target target = {out, p_.out_type, p_.right.lanes, row_scales, p_.left.scale_stride,
                      scales, is_swapped_, false, excess};
     if (!is_swapped_) {
       target.out = out + (lane * p_.right.lanes + column) * bytes;

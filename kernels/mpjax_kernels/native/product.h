@@ -24,7 +24,7 @@ struct Product {
   Matrix right;
   int64_t terms;
   void* out;  // [left.lanes, right.lanes]
-  bool out_is_bfloat16;  // else float32
+  Real out_type;
 };
 
 // Calls a function of an index for all indices below a count, begun in their order, perhaps in

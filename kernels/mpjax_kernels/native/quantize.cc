@@ -18,6 +18,7 @@
 
 #include "isa.h"
 #include "parallel.h"
+#include "real_type.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mpjax {
@@ -30,6 +31,9 @@ constexpr int64_t kChunk = 32768;  // entries
 const QuantizeKernels& CurrentKernels() {
 #if defined(MPJAX_HAS_AVX512_VNNI)
   if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Quantize;
+#endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Quantize;
 #endif
   return kPortableQuantize;
 }
@@ -60,7 +64,7 @@ void For(Threads threads, int64_t count, const Body& body) {
 // One tensor, in chunks that are quantized in parallel.
 class Tensor {
  public:
-  Tensor(Threads threads, Input type, const void* x, int64_t count, Output format, uint8_t* values)
+  Tensor(Threads threads, Real type, const void* x, int64_t count, Output format, uint8_t* values)
       : threads_(threads), type_(type), x_(x), count_(count), format_(format), values_(values) {}
 
   // Computes everything from the scale that is given.
@@ -93,7 +97,7 @@ class Tensor {
 
   template <typename Pass>
   float LargestOfChunks(const Pass& pass) {
-    const int64_t bytes = type_ == Input::kFloat32 ? 4 : 2;
+    const int64_t bytes = BytesOf(type_);
     std::atomic<uint32_t> largest{0};
     For(threads_, (count_ + kChunk - 1) / kChunk, [&](int64_t i) {
       const int64_t first = i * kChunk, count = std::min(kChunk, count_ - first);
@@ -107,7 +111,7 @@ class Tensor {
   }
 
   const Threads threads_;
-  const Input type_;
+  const Real type_;
   const void* const x_;
   const int64_t count_;
   const Output format_;
@@ -118,9 +122,7 @@ class Tensor {
 const char* Refusal(const ffi::AnyBuffer& x, const ffi::AnyBuffer& scale,
                     const ffi::AnyBuffer& values, const ffi::AnyBuffer& known,
                     const ffi::AnyBuffer& amax) {
-  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) {
-    return "x is neither float32 nor bfloat16";
-  }
+  if (!IsReal(x.element_type())) return "x is not float32, bfloat16 or float16";
   const ffi::DataType type = values.element_type();
   if (type != ffi::F8E4M3FN && type != ffi::F8E5M2 && type != ffi::S8) {
     return "the values are neither E4M3FN nor E5M2 nor int8";
@@ -149,8 +151,8 @@ ffi::Error QuantizeTensors(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   const Output format = values->element_type() == ffi::S8       ? Output::kInt8
                         : values->element_type() == ffi::F8E5M2 ? Output::kE5M2
                                                                 : Output::kE4M3;
-  const Input type = x.element_type() == ffi::F32 ? Input::kFloat32 : Input::kBfloat16;
-  const int64_t bytes = type == Input::kFloat32 ? 4 : 2;
+  const Real type = RealOf(x.element_type());
+  const int64_t bytes = BytesOf(type);
   const float* scales = static_cast<const float*>(scale.untyped_data());
   const auto quantize = [&](int64_t i, Threads threads) {
     Tensor tensor(threads, type, static_cast<const char*>(x.untyped_data()) + i * count * bytes,

@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "float8.h"
+#include "real.h"
 
 namespace mpjax {
 
-enum class Input { kFloat32, kBfloat16 };
 enum class Output { kE4M3, kE5M2, kInt8 };
 
 // The largest magnitude that values of a format take.
@@ -20,14 +20,15 @@ inline float LargestOf(Output format) {
 struct QuantizeKernels {
   // The bits of the largest |x|, which order non-negative floats as their size, infinity above all
   // finite ones and NaN above that.
-  uint32_t (*largest)(Input type, const void* x, int64_t count);
+  uint32_t (*largest)(Real type, const void* x, int64_t count);
 
   // values = saturate(round(x / scale)), and the bits of the largest |x|.
-  uint32_t (*quantize)(Input type, const void* x, int64_t count, float scale, Output format,
+  uint32_t (*quantize)(Real type, const void* x, int64_t count, float scale, Output format,
                        uint8_t* values);
 };
 
 extern const QuantizeKernels kPortableQuantize;
+extern const QuantizeKernels kAvx2Quantize;
 extern const QuantizeKernels kAvx512Quantize;
 
 }  // namespace mpjax

@@ -9,33 +9,16 @@
 #ifndef MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
 #define MPJAX_KERNELS_NATIVE_QUANTIZE_LOOPS_H_
 
-#include <cstring>
-
 #include "quantize.h"
 
 namespace mpjax {
 namespace {
 
-inline uint32_t BitsOf(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float FromBits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline uint32_t LoadBits(const float& x) { return BitsOf(x); }
-inline uint32_t LoadBits(const uint16_t& x) { return static_cast<uint32_t>(x) << 16; }
-
 template <typename T>
 uint32_t LargestOf(const T* x, int64_t count) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t magnitude = LoadBits(x[i]) & 0x7FFFFFFFu;
+    const uint32_t magnitude = BitsOf(ToFloat(x[i])) & 0x7FFFFFFFu;
     largest = magnitude > largest ? magnitude : largest;
   }
   return largest;
@@ -50,7 +33,7 @@ uint32_t QuantizeTo(const T* __restrict x, int64_t count, float scale, float max
   const uint32_t limit = BitsOf(max);
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = LoadBits(x[i]);
+    const uint32_t bits = BitsOf(ToFloat(x[i]));
     const uint32_t given = bits & 0x7FFFFFFFu;
     largest = given > largest ? given : largest;
     uint32_t magnitude = BitsOf(FromBits(given) / scale);
@@ -75,7 +58,7 @@ uint32_t QuantizeToInt8(const T* __restrict x, int64_t count, float scale,
   const uint32_t limit = BitsOf(LargestOf(Output::kInt8));
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = LoadBits(x[i]);
+    const uint32_t bits = BitsOf(ToFloat(x[i]));
     const uint32_t given = bits & 0x7FFFFFFFu;
     largest = given > largest ? given : largest;
     uint32_t magnitude = BitsOf(FromBits(given) * inverse);
@@ -99,15 +82,23 @@ uint32_t QuantizeAs(Output format, const void* x, int64_t count, float scale, ui
   }
 }
 
-uint32_t Largest(Input type, const void* x, int64_t count) {
-  return type == Input::kFloat32 ? LargestOf(static_cast<const float*>(x), count)
-                                 : LargestOf(static_cast<const uint16_t*>(x), count);
+uint32_t Largest(Real type, const void* x, int64_t count) {
+  switch (type) {
+    case Real::kFloat32:
+      return LargestOf(static_cast<const float*>(x), count);
+    case Real::kBfloat16:
+      return LargestOf(static_cast<const uint16_t*>(x), count);
+    default:
+      return LargestOf(static_cast<const Float16*>(x), count);
+  }
 }
 
-uint32_t Quantize(Input type, const void* x, int64_t count, float scale, Output format,
+uint32_t Quantize(Real type, const void* x, int64_t count, float scale, Output format,
                   uint8_t* values) {
-  return type == Input::kFloat32 ? QuantizeAs<float>(format, x, count, scale, values)
-                                 : QuantizeAs<uint16_t>(format, x, count, scale, values);
+  const auto quantize = type == Real::kFloat32    ? QuantizeAs<float>
+                        : type == Real::kBfloat16 ? QuantizeAs<uint16_t>
+                                                  : QuantizeAs<Float16>;
+  return quantize(format, x, count, scale, values);
 }
 
 }  // namespace

@@ -91,8 +91,8 @@ class Streamed {
     for (int64_t j = 0; j < width; ++j) {
       scales[j] = p_.right.scale[(column + j) * p_.right.scale_stride];
     }
-    char* out = static_cast<char*>(p_.out) + column * (p_.out_is_bfloat16 ? 2 : 4);
-    const Target target = {out, p_.out_is_bfloat16, p_.right.lanes, p_.left.scale,
+    char* out = static_cast<char*>(p_.out) + column * BytesOf(p_.out_type);
+    const Target target = {out, p_.out_type, p_.right.lanes, p_.left.scale,
                            p_.left.scale_stride, scales, false, false, excess_};
     kernels_.write(sums, rows(), width, target);
   }

@@ -9,9 +9,19 @@
 #include <cstdint>
 
 #include "dot.h"
+#include "tile_multiply.h"
 
 namespace mpjax {
 namespace {
+
+struct Avx512 {
+  using Type = __m512i;
+  static constexpr int kNumbers = 16;
+  static Type Zero() { return _mm512_setzero_si512(); }
+  static Type Load(const void* at) { return _mm512_loadu_si512(at); }
+  static void Store(void* at, Type value) { _mm512_storeu_si512(at, value); }
+  static Type Broadcast(int number) { return _mm512_set1_epi32(number); }
+};
 
 // Exchanges rows and columns of a matrix of 16 x 16 numbers of 32 bits.
 inline void Transpose(__m512i (&rows)[16]) {
@@ -120,45 +130,23 @@ void PackLanesFirst(const Source& source, int lanes, int64_t terms, Packer& pack
   }
 }
 
-// `Rows` rows by `Panels` panels of 16 columns: up to 24 registers of sums. `Add` adds to 16 of them
-// the products of a step, of 16 columns and of one row, that is broadcast.
-template <typename Add, int Rows, int Panels>
-void MultiplyPanels(const uint16_t* left, const uint16_t* right, int64_t panel_stride,
-                    int64_t steps, bool add, Sum* sums) {
-  __m512i total[Rows][Panels];
-#pragma GCC unroll 8
-  for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 3
-    for (int panel = 0; panel < Panels; ++panel) {
-      const Sum* at = sums + row * kWidth + panel * kColumns;
-      total[row][panel] = add ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
-    }
+// Adds products of 16 columns and a row to their sums: in float32, or pairs of bfloat16.
+struct AddFloats {
+  static __m512i To(__m512i total, __m512i columns, __m512i row) {
+    return _mm512_castps_si512(_mm512_fmadd_ps(
+        _mm512_castsi512_ps(columns), _mm512_castsi512_ps(row), _mm512_castsi512_ps(total)));
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    __m512i columns[Panels];
-#pragma GCC unroll 3
-    for (int panel = 0; panel < Panels; ++panel) {
-      const int64_t at = panel * panel_stride + step * kLaneNumbers * kColumns;
-      columns[panel] = _mm512_loadu_si512(right + at);
-    }
-    const int* rows = reinterpret_cast<const int*>(left + step * kLaneNumbers * kRows);
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row) {
-      const __m512i terms = _mm512_set1_epi32(rows[row]);
-#pragma GCC unroll 3
-      for (int panel = 0; panel < Panels; ++panel) {
-        total[row][panel] = Add::To(total[row][panel], columns[panel], terms);
-      }
-    }
+};
+
+#if defined(__AVX512BF16__)
+struct AddPairs {
+  static __m512i To(__m512i total, __m512i columns, __m512i row) {
+    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(total),
+                                                reinterpret_cast<__m512bh>(row),
+                                                reinterpret_cast<__m512bh>(columns)));
   }
-#pragma GCC unroll 8
-  for (int row = 0; row < Rows; ++row) {
-#pragma GCC unroll 3
-    for (int panel = 0; panel < Panels; ++panel) {
-      _mm512_storeu_si512(sums + row * kWidth + panel * kColumns, total[row][panel]);
-    }
-  }
-}
+};
+#endif
 
 template <typename Add, int Rows>
 void MultiplyRows(const uint16_t* left, const uint16_t* right, int64_t panel_stride, int panels,
@@ -166,15 +154,15 @@ void MultiplyRows(const uint16_t* left, const uint16_t* right, int64_t panel_str
   static_assert(kColumnPanels == 3, "one case per number of panels");
   switch (panels) {
     case 1:
-      return MultiplyPanels<Add, Rows, 1>(left, right, panel_stride, steps, add, sums);
+      return MultiplyPanels<Avx512, Add, Rows, 1>(LeftPanel{left}, right, panel_stride, steps, add, sums);
     case 2:
-      return MultiplyPanels<Add, Rows, 2>(left, right, panel_stride, steps, add, sums);
+      return MultiplyPanels<Avx512, Add, Rows, 2>(LeftPanel{left}, right, panel_stride, steps, add, sums);
     default:
-      return MultiplyPanels<Add, Rows, 3>(left, right, panel_stride, steps, add, sums);
+      return MultiplyPanels<Avx512, Add, Rows, 3>(LeftPanel{left}, right, panel_stride, steps, add, sums);
   }
 }
 
-// As many rows as there are, or a few more.
+// As many rows as there are, or a few more: up to 24 registers of sums.
 template <typename Add>
 void MultiplyTile(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
                   int panels, int64_t steps, bool add, Sum* sums) {
@@ -220,11 +208,13 @@ void WriteTile(const Sum* sums, int64_t rows, int64_t columns, const Target& tar
       const __m512 second = target.columns_first ? row_scale : column_scale;
       const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(sum, first), second);
       const int64_t at = i * target.row_stride + j;
-      if (target.is_bfloat16) {
-        uint16_t* out = static_cast<uint16_t*>(target.out) + at;
-        _mm256_mask_storeu_epi16(out, mask, ToBfloat16(scaled));
-      } else {
+      if (target.type == Real::kFloat32) {
         WriteFloat32(scaled, mask, target.is_large, static_cast<float*>(target.out) + at);
+      } else {
+        const bool is_bfloat16 = target.type == Real::kBfloat16;
+        const __m256i cast = is_bfloat16 ? ToBfloat16(scaled)
+                                         : _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT);
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(target.out) + at, mask, cast);
       }
     }
   }

@@ -4,7 +4,6 @@
 #define MPJAX_KERNELS_NATIVE_TILE_PORTABLE_H_
 
 #include <cstdint>
-#include <cstring>
 
 #include "dot.h"
 
@@ -26,13 +25,6 @@ void ForEachPacked(const Source& source, int lanes, int64_t terms, bool is_left,
   }
 }
 
-inline uint16_t ToBfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
 // Scales, casts and writes a tile, of which `load(sum)` makes each sum float32.
 template <typename Load>
 void WriteTile(const Sum* sums, int64_t rows, int64_t columns, const Target& target,
@@ -44,10 +36,12 @@ void WriteTile(const Sum* sums, int64_t rows, int64_t columns, const Target& tar
       const float scaled =
           target.columns_first ? sum * column_scale * row_scale : sum * row_scale * column_scale;
       const int64_t at = i * target.row_stride + j;
-      if (target.is_bfloat16) {
-        static_cast<uint16_t*>(target.out)[at] = ToBfloat16(scaled);
-      } else {
+      if (target.type == Real::kFloat32) {
         static_cast<float*>(target.out)[at] = scaled;
+      } else {
+        const bool is_bfloat16 = target.type == Real::kBfloat16;
+        static_cast<uint16_t*>(target.out)[at] =
+            is_bfloat16 ? ToBfloat16(scaled) : ToFloat16(scaled);
       }
     }
   }

@@ -1,4 +1,4 @@
-// The product of an array by a weight of int8 or int4, and what an instruction set brings to it.
+// The product of an array by a weight of 8 bits or int4, and what an instruction set brings to it.
 
 #ifndef MPJAX_KERNELS_NATIVE_WEIGHT_H_
 #define MPJAX_KERNELS_NATIVE_WEIGHT_H_
@@ -14,16 +14,18 @@ namespace mpjax {
 // one in float32. Rows of the array have the same order, and zeros up to a multiple of kTermsPerPack
 // after the terms of each group.
 inline constexpr int kRunTerms = 256;
-inline constexpr int kDirectRows = 4;     // so many rows at most are multiplied without panels
-inline constexpr int kDirectLanes = 256;  // so many lanes of the weight at most, then
-inline constexpr int kPlaces = 128;       // sums of a stream are a multiple of so many
+// So many rows by so many lanes, or as many products, at most are multiplied without panels.
+inline constexpr int kDirectRows = 4;
+inline constexpr int kDirectLanes = 256;
+inline constexpr int kPlaces = 128;  // sums of a stream are a multiple of so many
 
-// A matrix of int8, or of int4: two to a byte, the first in its lower half.
+// A matrix of int8, of float8, or of int4: two to a byte, the first in its lower half.
 struct Weight {
   const uint8_t* data;
   bool is_int4;
   bool terms_last;  // entry (lane, term) is the (lane * stride + term)-th, else (term * stride + lane)
   int64_t stride;
+  const DecodeTable* table;  // of float8; null for integers
 };
 
 // The entries of lanes and terms that share their scales, and zero points (or null) as float32.
@@ -73,8 +75,12 @@ struct WeightKernels {
 };
 
 extern const WeightKernels kPortableWeight;
-extern const WeightKernels kAvx512Weight;       // float32
-extern const WeightKernels kAvx512WeightPairs;  // bfloat16
+extern const WeightKernels kAvx2Weight;
+// Of integers, and of float8, multiplied in float32 or in bfloat16.
+extern const WeightKernels kAvx512Weight;
+extern const WeightKernels kAvx512WeightPairs;
+extern const WeightKernels kAvx512Float8Weight;
+extern const WeightKernels kAvx512Float8WeightPairs;
 
 }  // namespace mpjax
 

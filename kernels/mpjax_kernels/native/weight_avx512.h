@@ -19,7 +19,10 @@ namespace {
 template <bool Pairs>
 class WeightPacker {
  public:
-  WeightPacker(const Run& run, const Panels& to) : to_(to), has_zeros_(run.zeros != nullptr) {
+  static constexpr bool kPairs = Pairs;
+
+  WeightPacker(const Weight&, const Run& run, const Panels& to)
+      : to_(to), has_zeros_(run.zeros != nullptr) {
     for (int group = 0; has_zeros_ && 16 * group < run.lanes; ++group) {
       const __mmask16 mask = static_cast<__mmask16>(MaskOf(run.lanes - 16 * group));
       zeros_[group] = _mm512_maskz_loadu_ps(mask, run.zeros + 16 * group);
@@ -97,12 +100,11 @@ class RunBytes {
   alignas(64) uint8_t bytes_[kRunTerms * (kWidth + 64) + 64];
 };
 
-template <bool Pairs>
+template <typename Packer>
 void PackRun(const Weight& weight, const Run& run, uint16_t* panels) {
-  using Packer = WeightPacker<Pairs>;
   const int64_t terms = (run.terms + kTermsPerPack - 1) / kTermsPerPack * kTermsPerPack;
-  const int64_t steps = Pairs ? terms / 2 : terms;
-  Packer packer(run, {panels, kColumns * kLaneNumbers * steps, false, nullptr});
+  const int64_t steps = Packer::kPairs ? terms / 2 : terms;
+  Packer packer(weight, run, {panels, kColumns * kLaneNumbers * steps, false, nullptr});
   RunBytes bytes;
   const Source source = bytes.Of(weight, run);
   const auto pack = source.term_stride == 1 ? PackTermsFirst<Packer> : PackLanesFirst<Packer>;

@@ -16,14 +16,6 @@
 namespace mpjax {
 namespace {
 
-struct AddPairs {
-  static __m512i To(__m512i total, __m512i columns, __m512i row) {
-    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(total),
-                                                reinterpret_cast<__m512bh>(row),
-                                                reinterpret_cast<__m512bh>(columns)));
-  }
-};
-
 constexpr int kAhead = 8;  // terms: the hardware stops at the end of a page
 
 // One row by 256 lanes of int4, or two by 128: sixteen registers of sums, of every eighth lane.
@@ -92,7 +84,7 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
 
 }  // namespace
 
-const WeightKernels kAvx512WeightPairs = {2,       PackRun<true>, MultiplyWeight<AddPairs>,
+const WeightKernels kAvx512WeightPairs = {2,       PackRun<WeightPacker<true>>, MultiplyWeight<AddPairs>,
                                           DirectLanes, MultiplyDirect, Scale, WriteFloats,
                                           StreamWeightPairs, FoldWeightPairs};
 

@@ -16,13 +16,6 @@
 namespace mpjax {
 namespace {
 
-struct AddFloats {
-  static __m512i To(__m512i total, __m512i columns, __m512i row) {
-    return _mm512_castps_si512(_mm512_fmadd_ps(
-        _mm512_castsi512_ps(columns), _mm512_castsi512_ps(row), _mm512_castsi512_ps(total)));
-  }
-};
-
 // How many terms ahead the weight is fetched: the hardware stops at the end of a page, and the next
 // term may be on another. Those of int8, of many a size, would push each other out of the first cache.
 constexpr int kInt8Ahead = 24, kInt4Ahead = 8;
@@ -133,7 +126,7 @@ void MultiplyDirect(const Weight& weight, const Run& run, const uint32_t* left, 
 
 }  // namespace
 
-const WeightKernels kAvx512Weight = {1,           PackRun<false>, MultiplyWeight<AddFloats>,
+const WeightKernels kAvx512Weight = {1,           PackRun<WeightPacker<false>>, MultiplyWeight<AddFloats>,
                                      DirectLanes, MultiplyDirect, Scale,
                                      WriteFloats, StreamWeight,  FoldWeight};
 

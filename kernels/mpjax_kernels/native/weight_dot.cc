@@ -1,7 +1,7 @@
-// The call `mpjax_weight_dot`: a batch of products of an array by a weight of int8 or int4, whose
-// scales may vary in groups along the terms, scaled and cast.
+// The call `mpjax_weight_dot`: a batch of products of an array by a weight of int8, int4 or float8,
+// whose scales may vary in groups along the terms, scaled and cast.
 //
-// lhs is float32 or bfloat16 [..., rows, terms]; the weight [..., terms, columns], or [..., columns,
+// lhs is float32, bfloat16 or float16 [..., rows, terms]; the weight [..., terms, columns], or [..., columns,
 // terms] where `weight_terms_last` is true; scale float32 [..., groups, columns]; zero int8 of the
 // shape of scale, or with no groups if there are no zero points. Batch axes come first, and a size of
 // 1 broadcasts. XLA holds two int4 in a byte, the first in its lower half. Sums are in float32.
@@ -13,6 +13,7 @@
 #include "batch.h"
 #include "isa.h"
 #include "parallel.h"
+#include "real_type.h"
 #include "weight_product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -25,21 +26,29 @@ namespace ffi = xla::ffi;
 constexpr double kWorthAThread = 5e5;
 constexpr int64_t kWorthConverting = int64_t{1} << 18;  // numbers of the array, by several threads
 
-const WeightKernels& InFloat32() {
+const WeightKernels& InFloat32([[maybe_unused]] bool is_float8) {
+#if defined(MPJAX_HAS_AVX512_BF16)
+  if (is_float8 && CurrentIsa() >= Isa::kAvx512Bf16) return kAvx512Float8Weight;
+#endif
 #if defined(MPJAX_HAS_AVX512_VNNI)
-  if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Weight;
+  if (!is_float8 && CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Weight;
+#endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Weight;
 #endif
   return kPortableWeight;
 }
 
-const WeightKernels& Best() {
+const WeightKernels& Best(bool is_float8) {
 #if defined(MPJAX_HAS_AVX512_BF16)
-  if (CurrentIsa() >= Isa::kAvx512Bf16) return kAvx512WeightPairs;
+  if (CurrentIsa() >= Isa::kAvx512Bf16) {
+    return is_float8 ? kAvx512Float8WeightPairs : kAvx512WeightPairs;
+  }
 #endif
-  return InFloat32();
+  return InFloat32(is_float8);
 }
 
-bool IsFloat(ffi::DataType type) { return type == ffi::F32 || type == ffi::BF16; }
+bool IsFloat8(ffi::DataType type) { return type == ffi::F8E4M3FN || type == ffi::F8E5M2; }
 
 struct Call {
   const ffi::AnyBuffer& lhs;
@@ -64,10 +73,12 @@ struct Call {
 
   // What is wrong with it, or an empty string.
   std::string Refusal() const {
-    if (!IsFloat(lhs.element_type())) return "lhs is not float32 or bfloat16";
-    if (!IsFloat(out.element_type())) return "the result is not float32 or bfloat16";
+    if (!IsReal(lhs.element_type())) return "lhs is not float32, bfloat16 or float16";
+    if (!IsReal(out.element_type())) return "the result is not float32, bfloat16 or float16";
     const auto type = weight.element_type();
-    if (type != ffi::S8 && type != ffi::S4) return "the weight is not int8 or int4";
+    if (type != ffi::S8 && type != ffi::S4 && !IsFloat8(type)) {
+      return "the weight is not int8, int4, E4M3FN or E5M2";
+    }
     if (scale.element_type() != ffi::F32) return "the scale is not float32";
     if (zero.element_type() != ffi::S8) return "the zero points are not int8";
     if (rank() < 2) return "the result has fewer than two axes";
@@ -88,6 +99,7 @@ struct Call {
     if (!Ends(zero, has_zero() ? groups() : 0, lanes())) {
       return "the zero points have not the shape of the scale";
     }
+    if (has_zero() && IsFloat8(type)) return "a float8 weight has no zero points";
     return "";
   }
 
@@ -97,25 +109,29 @@ struct Call {
     return static_cast<const T*>(of.untyped_data()) + index * numbers;
   }
 
+  const DecodeTable* table() const {
+    const auto type = weight.element_type();
+    return IsFloat8(type) ? &TableOf(type == ffi::F8E5M2) : nullptr;
+  }
+
   WeightProduct Product(int64_t b) const {
     const bool is_int4 = weight.element_type() == ffi::S4;
-    const bool is_bfloat16 = lhs.element_type() == ffi::BF16;
-    const bool out_is_bfloat16 = out.element_type() == ffi::BF16;
+    const Real left_type = RealOf(lhs.element_type()), out_type = RealOf(out.element_type());
     const int64_t matrix = terms() * lanes(), scales = groups() * lanes();
     char* to = static_cast<char*>(out.untyped_data());
     WeightProduct p;
-    p.left = At<char>(lhs, b, rows() * terms() * (is_bfloat16 ? 2 : 4));
-    p.left_is_bfloat16 = is_bfloat16;
+    p.left = At<char>(lhs, b, rows() * terms() * BytesOf(left_type));
+    p.left_type = left_type;
     p.rows = rows();
     p.terms = terms();
     p.weight = {At<uint8_t>(weight, b, is_int4 ? matrix / 2 : matrix), is_int4, terms_last,
-                terms_last ? terms() : lanes()};
+                terms_last ? terms() : lanes(), table()};
     p.lanes = lanes();
     p.groups = groups();
     p.scale = At<float>(scale, b, scales);
     p.zero = has_zero() ? At<int8_t>(zero, b, scales) : nullptr;
-    p.out = to + b * rows() * lanes() * (out_is_bfloat16 ? 2 : 4);
-    p.out_is_bfloat16 = out_is_bfloat16;
+    p.out = to + b * rows() * lanes() * BytesOf(out_type);
+    p.out_type = out_type;
     return p;
   }
 };
@@ -133,9 +149,10 @@ ffi::Error WeightDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer we
     return ffi::Error::Success();
   }
   const int64_t batch = static_cast<int64_t>(out.element_count()) / (call.rows() * call.lanes());
+  const bool is_float8 = call.table() != nullptr;
   std::atomic<bool> in_memory{true};
   const auto compute = [&](int64_t b, auto convert, auto loop) {
-    WeightTiles tiles(InFloat32(), Best(), call.Product(b));
+    WeightTiles tiles(InFloat32(is_float8), Best(is_float8), call.Product(b));
     if (!tiles.in_memory()) {
       in_memory = false;
       return;

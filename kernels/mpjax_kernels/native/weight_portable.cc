@@ -10,6 +10,7 @@ namespace {
 
 float At(const Weight& weight, int64_t lane, int64_t term) {
   const int64_t entry = weight.terms_last ? lane * weight.stride + term : term * weight.stride + lane;
+  if (weight.table != nullptr) return ToFloat(Decoded(weight.data[entry], *weight.table));
   if (!weight.is_int4) return static_cast<int8_t>(weight.data[entry]);
   const int nibble = weight.data[entry / 2] >> (entry % 2 * 4) & 0xF;
   return static_cast<float>((nibble ^ 8) - 8);

@@ -12,11 +12,9 @@ namespace {
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-float FromBfloat16(uint16_t number) {
-  const uint32_t bits = static_cast<uint32_t>(number) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+template <typename T>
+void ToFloats(const T* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = ToFloat(from[i]);
 }
 
 int DirectLanes(const WeightKernels& kernels, const WeightProduct& p) {
@@ -26,7 +24,7 @@ int DirectLanes(const WeightKernels& kernels, const WeightProduct& p) {
 // Those for the array's dtype, unless only those in float32 multiply so few rows directly.
 const WeightKernels& Choose(const WeightKernels& in_float32, const WeightKernels& best,
                             const WeightProduct& p) {
-  if (!p.left_is_bfloat16) return in_float32;
+  if (p.left_type != Real::kBfloat16) return in_float32;
   return DirectLanes(best, p) == 0 && DirectLanes(in_float32, p) > 0 ? in_float32 : best;
 }
 
@@ -72,13 +70,13 @@ void WeightTiles::ConvertRows(int64_t tile) {
       char* to = reinterpret_cast<char*>(const_cast<uint32_t*>(LeftAt(row, g, 0)));
       const int64_t from = row * p_.terms + g * terms;
       const size_t bytes = static_cast<size_t>(terms) * (kernels_.terms_per_step == 2 ? 2 : 4);
-      if (p_.left_is_bfloat16 && kernels_.terms_per_step == 1) {
-        const uint16_t* numbers = static_cast<const uint16_t*>(p_.left) + from;
-        float* floats = reinterpret_cast<float*>(to);
-        for (int64_t t = 0; t < terms; ++t) floats[t] = FromBfloat16(numbers[t]);
+      const char* data = static_cast<const char*>(p_.left) + from * BytesOf(p_.left_type);
+      if (kernels_.terms_per_step == 2 || p_.left_type == Real::kFloat32) {
+        std::memcpy(to, data, bytes);
+      } else if (p_.left_type == Real::kBfloat16) {
+        ToFloats(reinterpret_cast<const uint16_t*>(data), terms, reinterpret_cast<float*>(to));
       } else {
-        const char* data = static_cast<const char*>(p_.left);
-        std::memcpy(to, data + from * (p_.left_is_bfloat16 ? 2 : 4), bytes);
+        ToFloats(reinterpret_cast<const Float16*>(data), terms, reinterpret_cast<float*>(to));
       }
       std::memset(to + bytes, 0, padded - bytes);
     }
@@ -148,9 +146,9 @@ void WeightTiles::Write(const float* total, const float* scales, int64_t row, in
   static const float one = 1;
   float ones[kWidth];
   std::fill_n(ones, kWidth, 1.0f);
-  const int64_t bytes = p_.out_is_bfloat16 ? 2 : 4;
+  const int64_t bytes = BytesOf(p_.out_type);
   char* out = static_cast<char*>(p_.out) + (row * p_.lanes + lane) * bytes;
-  const Target target = {out, p_.out_is_bfloat16, p_.lanes, &one, 0,
+  const Target target = {out, p_.out_type, p_.lanes, &one, 0,
                          p_.groups > 1 || scales == nullptr ? ones : scales, false,
                          p_.rows * p_.lanes * bytes >= kLarge, nullptr};
   kernels_.write(reinterpret_cast<const Sum*>(total), rows, lanes, target);

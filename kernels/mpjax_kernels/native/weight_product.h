@@ -1,4 +1,4 @@
-// The product of an array by a weight of int8 or int4 with its scales, tile by tile:
+// The product of an array by a weight of 8 bits or int4 with its scales, tile by tile:
 //
 //   out[i, j] = sum over groups g of (sum over terms t of g of
 //               left[i, t] * (weight[j, t] - zero[g, j])) * scale[g, j]
@@ -17,8 +17,8 @@
 namespace mpjax {
 
 struct WeightProduct {
-  const void* left;  // [rows, terms], float32 or bfloat16
-  bool left_is_bfloat16;
+  const void* left;  // [rows, terms]
+  Real left_type;
   int64_t rows;
   int64_t terms;
   Weight weight;
@@ -27,14 +27,14 @@ struct WeightProduct {
   const float* scale;   // [groups, lanes]
   const int8_t* zero;   // [groups, lanes], or null
   void* out;            // [rows, lanes]
-  bool out_is_bfloat16;  // else float32
+  Real out_type;
 };
 
 // One product: its rows are converted first, and then its tiles are computed, begun in their order.
 class WeightTiles {
  public:
-  // Takes the first of the kernels for a float32 array, the second for one of bfloat16, unless only
-  // the first multiply so few rows directly.
+  // Takes the second of the kernels for a bfloat16 array, unless only the first multiply so few rows
+  // directly.
   WeightTiles(const WeightKernels& in_float32, const WeightKernels& best, const WeightProduct& p);
 
   bool in_memory() const { return left_.data() != nullptr && parts_.data() != nullptr; }

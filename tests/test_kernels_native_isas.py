@@ -1,0 +1,77 @@
+"""Sums of int8 are the integers, in 2,000 shapes by every instruction set that this CPU has.
+
+The kernels of a process are chosen when it starts, so each has its own. The calls are made as they
+are, without what `dot_general` does around them, which would take longer to compile.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.native_helpers import ISAS, Case, elsewhere, here
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not here(), reason="no native kernels here"),
+]
+
+SHAPES = 2000
+EXAMPLES = 2500  # some shapes come twice
+sizes = st.one_of(st.integers(0, 40), st.integers(41, 140))
+cases = st.builds(
+    Case, st.integers(0, 3), sizes, sizes, sizes, st.tuples(st.booleans(), st.booleans())
+)
+
+
+def check(case: Case, seed: int) -> None:
+    """At most 140 terms of 127 * 127: the sums are below 2**24, so float32 holds them."""
+    rng = np.random.default_rng(seed)
+    lhs = rng.integers(-127, 128, (case.batch, case.rows, case.terms))
+    rhs = rng.integers(-127, 128, (case.batch, case.terms, case.columns))
+    left, right, _ = case.stored(lhs, rhs)
+    one = np.ones((1, 1), np.float32)
+    out = jax.ShapeDtypeStruct((case.batch, case.rows, case.columns), jnp.float32)
+    call = jax.ffi.ffi_call("mpjax_int8_dot", out)
+    found = call(
+        *(x.astype(np.int8) for x in (left, right)),
+        *(one, one),
+        lhs_terms_last=case.terms_last[0],
+        rhs_terms_last=case.terms_last[1],
+    )
+    np.testing.assert_array_equal(found, (lhs @ rhs).astype(np.float32))
+
+
+def many_shapes() -> int:
+    """How many were right."""
+    shapes = set()
+
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+    @given(cases, st.integers(0, 2**20))
+    def are_exact(case, seed):
+        check(case, seed)
+        shapes.add(case)
+        if len(shapes) % 250 == 0:
+            jax.clear_caches()  # hundreds of programs take their memory
+
+    are_exact()
+    return len(shapes)
+
+
+PROGRAM = """
+from tests.native_helpers import here
+from tests.test_kernels_native_isas import many_shapes
+print(here(), many_shapes() if here() else 0)
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_int8_are_the_integers_in_2000_shapes(isa):
+    done = elsewhere(PROGRAM, MPJAX_NATIVE_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    found, shapes = done.stdout.rstrip("\n").split(" ")
+    if not found:
+        pytest.skip(f"this CPU has no {isa}")
+    assert found == isa and int(shapes) >= SHAPES
