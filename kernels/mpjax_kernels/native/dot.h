@@ -97,9 +97,13 @@ struct DotKernels {
   // numbers each.
   void (*settle)(const Sum* sums, int rows, int64_t stride, int64_t parts, Sum* tile);
 
-  // So many rows at most take less time by `multiply_unpacked` than packed.
+  // So many rows at most take less time by `multiply_unpacked` than packed; there with it.
   int64_t (*unpacked_rows)(int64_t terms);
 };
+
+// Unpacked, a row of int8 needs the numbers of a register to be added up for each column; packed, a
+// column is turned.
+inline int64_t UnpackedInt8Rows(int64_t terms) { return terms > 8 * 24 ? terms / 24 : 8; }
 
 extern const DotKernels kPortableFloat8Dot;
 extern const DotKernels kAvx2Float8Dot;

@@ -59,7 +59,7 @@ void Pack(const Source& source, int lanes, int64_t terms, const Panels& to) {
 }  // namespace
 
 const DotKernels kAvx2Int8Dot = {2, Pack, MultiplyTile<Pairs>, MultiplyUnpacked<Pairs>,
-                                 WriteIntegers};
+                                 WriteIntegers, nullptr, nullptr, nullptr, UnpackedInt8Rows};
 
 }  // namespace mpjax
 

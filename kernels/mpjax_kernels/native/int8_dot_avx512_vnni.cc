@@ -162,10 +162,6 @@ void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t co
   }
 }
 
-// Unpacked, a row needs the numbers of a register to be added up for each column; packed, a column is
-// turned.
-int64_t UnpackedRows(int64_t terms) { return terms > 8 * 24 ? terms / 24 : 8; }
-
 void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target) {
   WriteTile(sums, rows, columns, target, [&](int64_t row, const Sum* at) {
     const int32_t excess = target.excess == nullptr ? 0 : target.excess[row];
@@ -176,7 +172,7 @@ void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target)
 }  // namespace
 
 const DotKernels kAvx512Int8Dot = {4, Pack, MultiplyTile<AddFours>, MultiplyUnpacked, Write,
-                                   LayOutInt8, StreamInt8, SettleInt8, UnpackedRows};
+                                   LayOutInt8, StreamInt8, SettleInt8, UnpackedInt8Rows};
 
 }  // namespace mpjax
 

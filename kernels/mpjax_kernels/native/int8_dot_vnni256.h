@@ -68,7 +68,8 @@ void PackFours(const Source& source, int lanes, int64_t terms, const Panels& to)
 template <typename Instruction>
 constexpr DotKernels KernelsBy() {
   return {4, PackFours<Instruction>, MultiplyTile<Instruction>,
-          MultiplyUnpacked<Fours<Instruction>>, WriteIntegers};
+          MultiplyUnpacked<Fours<Instruction>>, WriteIntegers, nullptr, nullptr, nullptr,
+          UnpackedInt8Rows};
 }
 
 }  // namespace
