@@ -18,10 +18,13 @@ def atomic_file(path: Path) -> Iterator[BufferedWriter]:
     Raises:
       FileNotFoundError: the folder does not exist.
       IsADirectoryError: `path` is a folder.
+      FileExistsError: `path` is a device, a pipe or a socket.
     """
     path = Path(os.path.realpath(path))  # a link stays one, and its target is replaced
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the path of the file to write")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a device, a pipe or a socket: give the path of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} in")
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -55,6 +55,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(found)
     wanted = options.min_flops
+    if wanted and found.flops == 0:
+        print("the program multiplies nothing, in 8 bits or otherwise", file=sys.stderr)
+        return 1
     if wanted is not None and found.share_in_8_bits < wanted:
         part = f"{found.share_in_8_bits:.1%}"
         print(f"{part} of the operations are in 8 bits, less than {wanted:.1%}", file=sys.stderr)
@@ -81,9 +84,12 @@ def program_of(name: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         raise ValueError(f"module {module_name!r} ({module.__file__}) has no {function_name}()")
     made: Any = function()
     is_pair = isinstance(made, tuple) and len(made) == 2
-    if not (is_pair and callable(made[0]) and isinstance(made[1], tuple)):
-        raise TypeError(
-            f"{name} returned {type(made).__name__}, but should return the function to compile and "
-            "the tuple of its arguments: return model.apply, (variables, x)"
-        )
-    return made
+    if is_pair and callable(made[0]) and isinstance(made[1], tuple):
+        return made
+    found = type(made).__name__
+    if isinstance(made, tuple):
+        found = f"({', '.join(type(each).__name__ for each in made)})"
+    raise TypeError(
+        f"{name} returned {found}, but should return the function to compile and the tuple of its "
+        "arguments: return model.apply, (variables, x)"
+    )

@@ -106,7 +106,7 @@ def _becomes(mode: Mode, target: Target | None) -> str:
     if target.platform == "cpu" and is_float8:
         native = mk.native_kernels()
         if mode.weights in native.formats:
-            return f"native kernels decode to bfloat16 in registers ({native.isa})"
+            return f"native kernels decode in registers ({native.isa})"
     return "emulated: decoded, and multiplied in more bits"
 
 

@@ -26,9 +26,9 @@ _NO_MISS = ("", "policy", "weights", "unprofitable")
 
 def check_min_flops(min_flops: float) -> None:
     """Raises ValueError unless it is a part of the whole."""
-    if not 0 <= min_flops <= 1:
+    if not isinstance(min_flops, float | int) or not 0 <= min_flops <= 1:
         raise ValueError(
-            f"`min_flops` = {min_flops} must be from 0 to 1: it is a part of the whole"
+            f"`min_flops` = {min_flops!r} must be a number from 0 to 1: it is a part of the whole"
         )
 
 
@@ -138,10 +138,16 @@ class Explanation:
           min_flops: the part of `flops` that must be.
 
         Raises:
-          AssertionError: it is less; the message is a table of the products that are not.
+          AssertionError: it is less; the message is a table of the products that are not. Or
+            nothing is multiplied.
           ValueError: `min_flops` is not from 0 to 1.
         """
         check_min_flops(min_flops)
+        if self.flops == 0 and min_flops > 0:
+            raise AssertionError(
+                f"the program for {self.target} multiplies nothing, in 8 bits or otherwise: is it "
+                "the function that you meant, and is no batch empty?"
+            )
         if self.share_in_8_bits < min_flops:
             offending = [each for each in self.products if each.reason != ""]
             raise AssertionError(

@@ -179,11 +179,16 @@ def check_variables(variables: Any) -> None:
         )
     leaves = jax.tree.leaves_with_path(variables["params"], is_leaf=is_stored)
     for path, leaf in leaves:
-        if is_stored(leaf):
-            raise ValueError(
-                f"'params{jax.tree_util.keystr(path)}' is quantized ({leaf!r}), so it has no "
-                "gradient: train the float weights, and call mp.quantize afterwards"
-            )
+        check_float(f"params{jax.tree_util.keystr(path)}", leaf)
+
+
+def check_float(name: str, leaf: Any) -> None:
+    """Raises ValueError for a weight that is stored in few bits."""
+    if is_stored(leaf):
+        raise ValueError(
+            f"'{name}' is quantized ({leaf!r}), so it has no gradient: train the float weights, "
+            "and call mp.quantize afterwards"
+        )
 
 
 def _check_loss(loss: Any) -> Array:

@@ -72,7 +72,7 @@ def _policy_from_string(text: str) -> DTypePolicy:
         raise ValueError(
             "Cannot convert `policy` into a valid pair (`mode`, `source_name`) to instantiate "
             f"`QuantizedDTypePolicy`. Use a string such as 'int8_from_mixed_bfloat16'. Received: "
-            f"policy={text}"
+            f"policy={text!r}"
         )
     mode, source_name = parts
     if mode.startswith("float8"):

@@ -89,7 +89,8 @@ class QuantizationReport:
         cells = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
         before = sum(each.bytes_before for each in self.weights)
         after = sum(each.bytes_after for each in self.weights)
-        total = f"{before / 1e6:.3g} MB -> {after / 1e6:.3g} MB, {len(self.left)} left as they were"
+        left = sum(each.reason is not None for each in self.weights)
+        total = f"{before / 1e6:.3g} MB -> {after / 1e6:.3g} MB, {left} left as they were"
         return "\n".join([*("  ".join(row).rstrip() for row in cells), total])
 
 

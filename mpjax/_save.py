@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -46,11 +47,13 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
       The path.
 
     Raises:
-      TypeError: `tree` or a leaf of it is of another type.
+      TypeError: `path`, `tree` or a leaf of it is of another type.
       ValueError: the tree is empty or too deep, two leaves have the same path, an array is spread
         over several processes, or the NNX model is not wrapped, or with another policy.
       OSError: the file cannot be written; what was at `path` is still there.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path` is a {type(path).__name__}: call mp.save(path, tree)")
     path = Path(path)
     leaves, policy = _contents(tree, policy)
     parts = {keys: _parts(keys, leaf) for keys, leaf in leaves}

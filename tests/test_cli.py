@@ -109,7 +109,7 @@ def test_doctor_knows_what_native_kernels_multiply(monkeypatch, isa):
     monkeypatch.setattr(mk, "native_kernels", lambda: mk.NativeKernels(isa, None, formats))
     becomes = {row[0]: row[-1] for row in rows_of("Modes")[1:]}
     emulated = "emulated: decoded, and multiplied in more bits"
-    native = f"native kernels decode to bfloat16 in registers ({isa})"
+    native = f"native kernels decode in registers ({isa})"
     assert becomes["float8"] == becomes["float8/row"] == (native if isa else emulated)
     assert becomes["float8/128x128"] == emulated  # a scale varies along the contracting axis
     assert becomes["int8"] == "int8 x int8, native"

@@ -225,8 +225,12 @@ def test_assert_quantized_shows_what_is_not():
         mp.assert_quantized(floats.apply, variables, X, min_flops=0.5)
     assert "up" in str(e.value) and "policy" in str(e.value)
     mp.assert_quantized(floats.apply, variables, X, min_flops=0.0)
-    with pytest.raises(ValueError, match="`min_flops` = 95 must be from 0 to 1"):
-        mp.assert_quantized(floats.apply, variables, X, min_flops=95)
+    for wrong in (95, "0.9", float("nan")):
+        with pytest.raises(ValueError, match=f"`min_flops` = {wrong!r} must be a number from 0 to"):
+            mp.assert_quantized(floats.apply, variables, X, min_flops=wrong)
+    with pytest.raises(AssertionError, match="multiplies nothing, in 8 bits or otherwise: is it"):
+        mp.assert_quantized(lambda x: x + 1, X)
+    mp.assert_quantized(lambda x: x + 1, X, min_flops=0)
 
 
 @pytest.mark.parametrize("target, extra", [("v6e", "tpu"), ("h200", "cuda-compile")])
@@ -316,7 +320,7 @@ def test_what_is_asked_for_is_compared_with_the_exact_part():
     found.assert_quantized(0.5)
     with pytest.raises(AssertionError, match=r"50\.0% of the operations are in 8 bits on v6e"):
         found.assert_quantized(0.500001)
-    with pytest.raises(ValueError, match="`min_flops` = -1 must be from 0 to 1"):
+    with pytest.raises(ValueError, match="`min_flops` = -1 must be a number from 0 to 1"):
         found.assert_quantized(-1)
 
 

@@ -304,7 +304,7 @@ def test_the_report_says_what_was_left_and_why():
     assert fits.bytes_after == 256 * 100 // 2 + 4 * 2 * 100
     lines = str(report).splitlines()
     assert lines[0].split() == ["weight", "shape", "stored", "as", "scales", "MB"]
-    assert lines[-1].endswith("2 left as they were")
+    assert lines[-1].endswith("3 left as they were")
     assert_trees_equal(quantized["params"]["norm"], variables["params"]["norm"])
     with pytest.warns(UserWarning, match=r"^2 weights of Mixed stay in their source precision"):
         mp.quantize(model, variables, X)

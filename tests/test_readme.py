@@ -103,7 +103,7 @@ def test_hardware(capsys, tmp_path, monkeypatch):
     variables = scope["variables"]
     exec(block_after("Hardware"), scope)
     assert scope["model"].policy.name == "int8_from_mixed_bfloat16"
-    kernel = scope["quantized"]["params"]["Dense_0"]["kernel"]
+    kernel = scope["in_float8"]["params"]["Dense_0"]["kernel"]
     assert kernel.format.name == "float8_e4m3fn" and scope["variables"] is variables
     wide, thin = scope[
         "report"

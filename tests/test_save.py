@@ -616,3 +616,13 @@ def test_other_programs_read_the_file(tmp_path):
         bits = file.get_tensor("params/bfloat16").view(np.uint16)
         np.testing.assert_array_equal(bits, np.arange(1 << 16, dtype=np.uint16))
         assert len(list(file.keys())) == len(jax.tree.leaves(TREE))
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is a device, a pipe or a socket"):
+        mp.save(pipe, TREE)
+    assert pipe.is_fifo() and [each.name for each in tmp_path.iterdir()] == ["pipe"]
+    with pytest.raises(TypeError, match=r"`path` is a dict: call mp.save\(path, tree\)"):
+        mp.save(TREE, tmp_path / "m")  # pyright: ignore[reportArgumentType]

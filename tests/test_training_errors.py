@@ -72,6 +72,23 @@ def test_what_a_loss_cannot_return(returned, message):
         state.value_and_grad(loss_fn)
 
 
+def test_an_nnx_model_that_is_quantized_is_not_trained():
+    model = mp.wrap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), "int8_from_float32")
+    mp.quantize(model)
+
+    def loss_fn(model, x):
+        return jnp.sum(model(x))
+
+    message = "'kernel' is quantized .*: train the float weights, and call mp.quantize afterwards"
+    with pytest.raises(ValueError, match=message):
+        mp.nnx.value_and_grad(loss_fn)(model, X)
+    with pytest.raises(ValueError, match=message):
+        mp.nnx.accumulate_gradients(loss_fn, 1)(model, X)
+    bias_only = nnx.PathContains("bias")
+    loss, grads = mp.nnx.value_and_grad(loss_fn, wrt=bias_only)(model, X)
+    assert list(grads.params) == ["bias"]
+
+
 def test_gradients_of_something_else():
     state = created()
     grads = jax.tree.map(jnp.ones_like, state.params)

@@ -170,7 +170,15 @@ def _check_variables(variables: Any, call: str) -> Mapping[str, Any]:
 def trace(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Observation:
     """Traces one `apply` by `jax.eval_shape` and returns what its layers reported."""
     with observe() as observation:
-        _trace(lambda: jax.eval_shape(*_call(model, variables, *args, **kwargs)), model)
+        try:
+            _trace(lambda: jax.eval_shape(*_call(model, variables, *args, **kwargs)), model)
+        except TypeError as error:
+            if not args and not kwargs:
+                error.add_note(
+                    "a Linen model meets its layers in a call, so give the arguments of one, or "
+                    "their shapes: mp.quantize(model, variables, x)"
+                )
+            raise
     return observation
 
 

@@ -79,7 +79,8 @@ class LayerStates:
             f"layer '{path}' keeps scaling state ({scaling}), but the variables have none for it: "
             "pass all that `init` returned, {'params': ..., 'scaling': ...}. Where nn.scan or "
             "nn.vmap lift 'params', lift the collection 'scaling' too. For weights that were "
-            "trained without, mp.init_scaling(model, variables, x) adds it"
+            "trained without, mp.init_scaling(model, variables, x) adds it, and "
+            "mp.quantize(model, variables, calibration=batches) static scales"
         )
 
     def _check(self, name: str, state: Any, recipe: Any, format: str) -> None:

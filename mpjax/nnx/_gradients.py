@@ -10,6 +10,7 @@ from .._adapters import ROOT
 from .._gradients import (
     Gradients,
     amaxes,
+    check_float,
     check_loss_scale,
     probes_of,
     run_differentiated,
@@ -17,6 +18,7 @@ from .._gradients import (
     with_probes,
 )
 from .._loss_scale_state import LossScaleState
+from .._paths import join
 from ._states import LOSS_SCALE, LossScale, Scaling
 
 
@@ -48,7 +50,8 @@ def value_and_grad(
 
     Raises:
       TypeError: the model is no NNX module, `loss_scale` no state, or the loss no floating scalar.
-      ValueError: the policy has a loss scale, but no optimizer was made for the model yet.
+      ValueError: a weight is quantized, or the policy has a loss scale, but no optimizer was made
+        for the model yet.
     """
 
     def run(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Gradients]:
@@ -122,6 +125,8 @@ def _differentiate(
     at = tuple(i for i, x in enumerate(args) if isinstance(x, nnx.Pytree | nnx.Variable))
     nodes = (model, *(args[i] for i in at))
     graph, params, states, rest = _split(nodes, wrt)
+    for (_, *path), variable in nnx.to_flat_state(params):
+        check_float(join(path), variable.get_raw_value())
 
     def scaled_loss(params: Any, zeros: Any) -> tuple[Any, Any]:
         known = with_probes(states, zeros, loss_scale)
