@@ -18,7 +18,8 @@ import mpjax_kernels as mk
 from mpjax_kernels import _tpu
 from mpjax_kernels._contraction import contraction
 from mpjax_kernels._storage import as_stored
-from mpjax_kernels._tpu import Blocks, blocks_for
+from mpjax_kernels._tpu import FEWEST_ROWS, LARGEST, Blocks, blocks_for, tuned
+from mpjax_kernels._tpu_tuned import FOR_ANY, TUNED
 from tests.kernels_helpers import U, normal, quantize
 
 pytestmark = pytest.mark.usefixtures("strict_promotion", "no_races")
@@ -40,13 +41,13 @@ def no_races(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-@partial(jax.jit, static_argnames=("dtype", "blocks"))
-def product(x, r, dtype=jnp.float32, blocks=SMALL):
+@partial(jax.jit, static_argnames="dtype")
+def product(x, r, dtype=jnp.float32):
     axes = contraction(x.shape, r.shape, (((x.ndim - 1,), (0,)), ((), ())))
     stored = axes.reordered(tuple(range(x.ndim)), (1, 0)) if r.layout else axes
     dtype = np.dtype(dtype)
     return _tpu.dot_general(
-        x, as_stored(r), stored, None, dtype, blocks=blocks, interpret=INTERPRET
+        x, as_stored(r), stored, None, dtype, largest=SMALL, interpret=INTERPRET
     )
 
 
@@ -86,13 +87,25 @@ def test_the_result_dtype():
     assert jax.eval_shape(partial(product, dtype="float16"), x, r).dtype == jnp.float16
 
 
-def test_blocks_hold_whole_groups_and_fit_into_vmem():
+def each_entry():
+    """The blocks of every kind of TPU, and the most rows that they are for."""
+    for entry in (FOR_ANY, *TUNED.values()):
+        for fewest, largest in entry.items():
+            following = [other for other in entry if other > fewest]
+            yield Blocks(*largest), min(following, default=10**4) - 1
+
+
+@pytest.mark.parametrize(("largest", "rows"), [(LARGEST, 10**4), *each_entry()])
+def test_blocks_hold_whole_groups_and_fit_into_vmem(largest, rows):
     for terms, group in [(4096, 128), (14336, 128), (5120, 256), (1280, 1280), (8192, 4096)]:
-        b = blocks_for(10**4, 4096, terms, group)
+        b = blocks_for(rows, 4096, terms, group, largest)
         assert terms % b.terms == 0 == b.terms % group
         # Two buffers of what comes and goes, the sum, and the weight in bfloat16.
         entries = 2 * 2 * b.rows * b.terms + 2 * b.columns * b.terms + 2 * b.columns * b.terms
         assert entries + b.rows * b.columns * (4 + 2 * 4) <= 16 * 2**20
+
+
+def test_blocks_are_no_larger_than_the_product():
     assert blocks_for(600, 7, 256, 128) == Blocks(rows=304, columns=7, terms=256)
     assert blocks_for(1024, 512, 256, 128).rows == 512
 
@@ -121,7 +134,9 @@ def test_what_it_refuses():
     refuses("integers without a zero point", x, weight(256, 64, symmetric=False))
     refuses("a scale per group of a multiple of 128 terms", x, weight(256, 64, group_size=64))
     refuses("a scale per group of a multiple of 128 terms", x, weight(256, 64, group_size=-1))
-    refuses("`lhs` has 255 rows: XLA is faster beside fewer than 256", traced(255, 256), w)
+    few = FEWEST_ROWS - 1
+    message = f"`lhs` has {few} rows: XLA is faster beside fewer than {FEWEST_ROWS} on all TPUs"
+    refuses(message, traced(few, 256), w)
     batched = partial(mk.einsum, "bmk,bkn->bmn")
     x, w = traced(2, 512, 256), weight(2, 256, 64, axis=1)
     refuses(r"it takes \[..., K\] by two axes", x, w, batched)
@@ -155,6 +170,46 @@ def test_programs_for_several_and_exported_ones_have_what_xla_can_partition():
     assert KERNEL not in exported.mlir_module()
     with pytest.raises(NotImplementedError, match="'tpu': the program is for several devices"):
         text_for("tpu", partial(mk.matmul, implementation="tpu"), X, W, **sharded)
+
+
+def rows_by_a_weight(rows):
+    return contraction((rows, 256), (256, 64), (((1,), (0,)), ((), ())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [
+        ("TPU v5 lite", TUNED["TPU v5e|TPU v5 ?lite"]),
+        ("TPU v6 lite", TUNED["TPU v6e|TPU v6 lite"]),
+        ("TPU7x", TUNED["TPU ?7x?|TPU v7x?"]),
+        ("TPU v4", FOR_ANY),
+        ("TPU v5", FOR_ANY),
+        (None, FOR_ANY),
+    ],
+)
+def test_a_kind_of_tpu_gets_its_entry(kind, entry):
+    for rows in (FEWEST_ROWS, 64, 255, 256, 10**4):
+        fewest = [number for number in entry if number <= rows]
+        found = tuned(kind, rows_by_a_weight(rows))
+        if fewest:
+            assert found == {"largest": Blocks(*entry[max(fewest)])}
+        else:
+            on = "a TPU of any kind" if kind is None else repr(kind)
+            message = f"`lhs` has {rows} rows: XLA is faster beside fewer than {min(entry)} on {on}"
+            assert found == message
+
+
+def test_a_tpu_that_is_not_known_and_vmap_get_what_holds_for_any():
+    fewest = min(FOR_ANY)
+    assert FEWEST_ROWS < fewest
+    for rows in (fewest, fewest - 1):
+        has_it = rows == fewest
+        x = traced(rows, 512)
+        assert (KERNEL in text_for("tpu", mk.matmul, x, W)) == has_it
+        stacked = jax.vmap(mk.matmul, in_axes=(0, None))
+        assert (KERNEL in text_for("tpu", stacked, traced(3, rows, 512), W)) == has_it
+    with pytest.raises(NotImplementedError, match=f"'tpu': `lhs` has {fewest - 1} rows: .* of any"):
+        text_for("tpu", partial(mk.matmul, implementation="tpu"), traced(fewest - 1, 512), W)
 
 
 def test_its_derivative_is_that_of_xlas_product():
