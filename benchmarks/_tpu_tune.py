@@ -9,9 +9,15 @@ Of each chip, for the kernel that the library has (the cases `w4a16`):
 
 A chip that is not known gets what holds for all of these: the largest of those numbers, and the
 blocks whose worst ratio on any of them is the least.
+
+Beside few rows the kernel is for int4 of as many entries as the smallest weight that was compared:
+int8 takes XLA hardly longer than its bytes do (there the kernel is at 1.04 to 1.16 of its cycles on
+a v6e, at 1.45 and more on a TPU7x), and small weights are read in less time than a kernel takes to
+start (1.08 and more for 1024 x 1024).
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,7 @@ CANDIDATES = tuple(
     _tpu.Blocks(rows=512, columns=columns, terms=terms)
     for columns, terms in ((256, 4096), (512, 2048), (512, 4096), (1024, 1024), (1024, 2048))
 )
-TABLE = Path(_tpu.__file__).with_name("_tpu_tuned.py")
+TABLE = Path(__file__).parents[1] / "kernels/mpjax_kernels/_tpu_tuned.py"
 WINS = 0.85
 _GROUP = 128
 _MANY = 256  # rows: the matrix unit has as many, and is what takes the time
@@ -39,6 +45,10 @@ TUNED: dict[str, dict[int, tuple[int, int, int]]] = {{
 {tuned}
 }}
 FOR_ANY: dict[int, tuple[int, int, int]] = {any}
+# Few rows are those below the first; what was compared beside them are weights of int4, of so many
+# entries or more.
+FEW = {few}
+SMALLEST = {smallest}
 '''
 
 
@@ -58,7 +68,13 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         f"  # {target}"
         for target, found in of_each.items()
     ]
-    return _TABLE.format(tuned="\n".join(tuned), any=_entry(ours, max(fewest.values())))
+    few = [row for row in ours if _count(row) < _MANY]
+    return _TABLE.format(
+        tuned="\n".join(tuned),
+        any=_entry(ours, max(fewest.values())),
+        few=_MANY,
+        smallest=min(math.prod(row["m_k_n"][1:]) for row in few),
+    )
 
 
 def _fewest(rows: list[dict[str, Any]]) -> int:

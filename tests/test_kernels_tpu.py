@@ -18,7 +18,7 @@ import mpjax_kernels as mk
 from mpjax_kernels import _tpu
 from mpjax_kernels._contraction import contraction
 from mpjax_kernels._storage import as_stored
-from mpjax_kernels._tpu import FEWEST_ROWS, LARGEST, Blocks, blocks_for, tuned
+from mpjax_kernels._tpu import FEWEST_ROWS, LARGEST, VMEM, Blocks, blocks_for, tuned, vmem_bytes
 from mpjax_kernels._tpu_tuned import FOR_ANY, TUNED
 from tests.kernels_helpers import U, normal, quantize
 
@@ -87,22 +87,25 @@ def test_the_result_dtype():
     assert jax.eval_shape(partial(product, dtype="float16"), x, r).dtype == jnp.float16
 
 
-def each_entry():
-    """The blocks of every kind of TPU, and the most rows that they are for."""
-    for entry in (FOR_ANY, *TUNED.values()):
-        for fewest, largest in entry.items():
-            following = [other for other in entry if other > fewest]
-            yield Blocks(*largest), min(following, default=10**4) - 1
-
-
-@pytest.mark.parametrize(("largest", "rows"), [(LARGEST, 10**4), *each_entry()])
-def test_blocks_hold_whole_groups_and_fit_into_vmem(largest, rows):
-    for terms, group in [(4096, 128), (14336, 128), (5120, 256), (1280, 1280), (8192, 4096)]:
-        b = blocks_for(rows, 4096, terms, group, largest)
-        assert terms % b.terms == 0 == b.terms % group
-        # Two buffers of what comes and goes, the sum, and the weight in bfloat16.
-        entries = 2 * 2 * b.rows * b.terms + 2 * b.columns * b.terms + 2 * b.columns * b.terms
-        assert entries + b.rows * b.columns * (4 + 2 * 4) <= 16 * 2**20
+@pytest.mark.parametrize("group", [128, 256, 1024, 4096])
+@pytest.mark.parametrize("entry", [FOR_ANY, *TUNED.values()], ids=str)
+def test_blocks_hold_whole_groups_and_fit_into_vmem(entry, group):
+    for largest in (LARGEST, *(Blocks(*each) for each in entry.values())):
+        for terms in (4096, 8192, 12288, 20480):
+            b = blocks_for(10**4, 4096, terms, group, largest)
+            assert terms % b.terms == 0 == b.terms % group
+        assert vmem_bytes(blocks_for(512, 4096, 4096, 128, largest), 4, 128, 2) <= VMEM
+    # What is taken where the others do not fit.
+    assert vmem_bytes(blocks_for(10**4, 4096, 8192, group), 8, group, 4) <= VMEM
+    # Two buffers of rows, of a weight of 8 bits, and of the result, a group in bfloat16, and sums.
+    entries = (
+        2 * 2 * 512 * 4096,
+        2 * 256 * 4096,
+        2 * 4 * 512 * 256,
+        2 * 256 * 128,
+        2 * 4 * 512 * 256,
+    )
+    assert vmem_bytes(LARGEST, 8, 128, 4) == sum(entries)
 
 
 def test_blocks_are_no_larger_than_the_product():
@@ -134,9 +137,16 @@ def test_what_it_refuses():
     refuses("integers without a zero point", x, weight(256, 64, symmetric=False))
     refuses("a scale per group of a multiple of 128 terms", x, weight(256, 64, group_size=64))
     refuses("a scale per group of a multiple of 128 terms", x, weight(256, 64, group_size=-1))
-    few = FEWEST_ROWS - 1
-    message = f"`lhs` has {few} rows: XLA is faster beside fewer than {FEWEST_ROWS} on all TPUs"
-    refuses(message, traced(few, 256), w)
+    refuses("`lhs` has 255 rows: it takes 256 or more beside QTensor.int4", traced(255, 256), w)
+    wide, eight = weight(4096, 4096), weight(4096, 4096, format="int8")
+    refuses(
+        "`lhs` has 255 rows: it takes 256 or more beside QTensor.int8", traced(255, 4096), eight
+    )
+    message = (
+        f"`lhs` has {FEWEST_ROWS - 1} rows: it takes {FEWEST_ROWS} or more beside QTensor.int4"
+    )
+    refuses(message, traced(FEWEST_ROWS - 1, 4096), wide)
+    assert jax.eval_shape(partial(mk.matmul, **how), traced(FEWEST_ROWS, 4096), wide).ndim == 2
     batched = partial(mk.einsum, "bmk,bkn->bmn")
     x, w = traced(2, 512, 256), weight(2, 256, 64, axis=1)
     refuses(r"it takes \[..., K\] by two axes", x, w, batched)
@@ -202,14 +212,15 @@ def test_a_kind_of_tpu_gets_its_entry(kind, entry):
 def test_a_tpu_that_is_not_known_and_vmap_get_what_holds_for_any():
     fewest = min(FOR_ANY)
     assert FEWEST_ROWS < fewest
+    wide = weight(4096, 4096)
     for rows in (fewest, fewest - 1):
         has_it = rows == fewest
-        x = traced(rows, 512)
-        assert (KERNEL in text_for("tpu", mk.matmul, x, W)) == has_it
+        x = traced(rows, 4096)
+        assert (KERNEL in text_for("tpu", mk.matmul, x, wide)) == has_it
         stacked = jax.vmap(mk.matmul, in_axes=(0, None))
-        assert (KERNEL in text_for("tpu", stacked, traced(3, rows, 512), W)) == has_it
+        assert (KERNEL in text_for("tpu", stacked, traced(3, rows, 4096), wide)) == has_it
     with pytest.raises(NotImplementedError, match=f"'tpu': `lhs` has {fewest - 1} rows: .* of any"):
-        text_for("tpu", partial(mk.matmul, implementation="tpu"), traced(fewest - 1, 512), W)
+        text_for("tpu", partial(mk.matmul, implementation="tpu"), traced(fewest - 1, 4096), wide)
 
 
 def test_its_derivative_is_that_of_xlas_product():

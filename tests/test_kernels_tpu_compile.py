@@ -172,7 +172,7 @@ def fewest_rows(chip):
 
 
 def test_a_program_has_the_kernel_by_the_chip_that_it_is_for(compiler):
-    x, w = activation(64, 4096), weight("int4", 4096, 384, group_size=128)
+    x, w = activation(64, 4096), weight("int4", 4096, 4096, group_size=128)
     inner = jax.jit(mk.matmul)
     function = jax.jit(lambda x, w: inner(x, w))  # one for both, which JAX keeps what it lowers of
     named = jax.jit(partial(mk.matmul, implementation="tpu"))
@@ -204,7 +204,7 @@ def test_many_rows_by_a_weight_in_groups_reach_the_kernel(compiled, chip):
     fewest = fewest_rows(chip)
     for rows, calls in ((fewest, 1), (fewest - 1, 0)):
         for transposed in (False, True)[: calls + 1]:
-            w = weight("int4", 4096, 384, transposed=transposed, group_size=128)
+            w = weight("int4", 4096, 4096, transposed=transposed, group_size=128)
             program = compiled(chip, layer, activation(rows, 4096), w)
             text = program.as_text()
             assert text.count('custom_call_target="tpu_custom_call"') == calls

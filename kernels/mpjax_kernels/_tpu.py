@@ -27,7 +27,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 from ._contraction import Contraction
 from ._qtensor import QTensor, describe
 from ._storage import spread
-from ._tpu_tuned import FOR_ANY, TUNED
+from ._tpu_tuned import FEW, FOR_ANY, SMALLEST, TUNED
 from ._varying import varying_axes
 
 SUBLANES, LANES = 16, 128  # a tile of bfloat16
@@ -44,8 +44,9 @@ class Blocks:
     terms: int
 
 
-# They fit into the 16 MiB of VMEM that a kernel may use unless it asks for more, with any group.
-LARGEST = Blocks(rows=512, columns=256, terms=4096)
+# Of the 16 MiB that a kernel may use unless it asks for more; the rest is for what is not counted.
+VMEM = 15 * 2**20
+LARGEST = Blocks(rows=512, columns=256, terms=4096)  # of which any product fits
 
 
 def tuned(kind: str | None, contraction: Contraction, *_: Any) -> dict[str, Blocks] | str:
@@ -57,6 +58,13 @@ def tuned(kind: str | None, contraction: Contraction, *_: Any) -> dict[str, Bloc
         device = "a TPU of any kind" if kind is None else repr(kind)
         return f"`lhs` has {rows} rows: XLA is faster beside fewer than {min(entry)} on {device}"
     return {"largest": Blocks(*entry[max(fewest for fewest in entry if fewest <= rows)])}
+
+
+def vmem_bytes(blocks: Blocks, bits: int, group: int, result_bytes: int) -> int:
+    """What a step needs: two buffers of what comes and goes, a sum, and what of a group is wide."""
+    rows, columns, terms = blocks.rows, blocks.columns, blocks.terms
+    coming = 2 * rows * terms * 2 + 2 * terms * columns * bits // 8
+    return coming + group * columns * 2 + rows * columns * (4 + 4 + 2 * result_bytes)
 
 
 def blocks_for(
@@ -91,8 +99,13 @@ def refusal(
             f"`rhs` is {describe(rhs)}: it takes a scale per group of a multiple of {LANES} terms, "
             f"of {LARGEST.terms} at most"
         )
-    if c.rows < FEWEST_ROWS or c.columns == 0:
-        return f"`lhs` has {c.rows} rows: XLA is faster beside fewer than {FEWEST_ROWS} on all TPUs"
+    is_compared = rhs.format.bits == 4 and c.terms * c.columns >= SMALLEST
+    fewest = FEWEST_ROWS if is_compared else max(FEWEST_ROWS, FEW)
+    if c.rows < fewest or c.columns == 0:
+        return (
+            f"`lhs` has {c.rows} rows: it takes {fewest} or more beside {describe(rhs)}, fewer "
+            f"than {FEW} beside int4 of {SMALLEST} entries or more only"
+        )
     if varying_axes(lhs, rhs):
         return "inside `jax.shard_map` a Pallas kernel needs `check_vma=False`"
     return None
@@ -115,7 +128,12 @@ def dot_general(
 ) -> Float[Array, "*batch n"]:
     """The product of operands that `refusal` lets pass; `interpret` as in `pallas_call`."""
     del precision  # products of bfloat16 by 8 bits are exact in float32, in which they are summed
-    c = contraction
+    c, group = contraction, _group(rhs, contraction)
+    # TPUs have no float64, and float16 on some only.
+    made = jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32)
+    blocks = blocks_for(c.rows, c.columns, c.terms, group, largest)
+    if vmem_bytes(blocks, rhs.format.bits, group, made.itemsize) > VMEM:
+        blocks = blocks_for(c.rows, c.columns, c.terms, group)
     # A scale for every group and column: blocks of a weight may share one over several columns.
     wide = tuple(rhs.scale.shape[a] if a in c.rhs_contract else s for a, s in enumerate(rhs.shape))
     scale = jnp.broadcast_to(spread(rhs.scale, wide), wide)
@@ -124,10 +142,9 @@ def dot_general(
         lhs.reshape(c.rows, c.terms),
         rhs.values,
         scale.T if transposed else scale,
-        # TPUs have no float64, and float16 on some only.
-        jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32),
+        made,
         transposed=transposed,
-        blocks=blocks_for(c.rows, c.columns, c.terms, _group(rhs, c), largest),
+        blocks=blocks,
         interpret=interpret,
     )
     return result.reshape(c.result_shape).astype(dtype)
