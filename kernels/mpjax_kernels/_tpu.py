@@ -45,7 +45,7 @@ class Blocks:
 
 
 # Of the 16 MiB that a kernel may use unless it asks for more; the rest is for what is not counted.
-VMEM = 15 * 2**20
+VMEM = 14 * 2**20
 LARGEST = Blocks(rows=512, columns=256, terms=4096)  # of which any product fits
 
 
