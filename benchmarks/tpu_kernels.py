@@ -7,7 +7,7 @@ that chip. No TPU is needed, and none has run this.
     row          bfloat16 activations, quantized per row, by weights of a scale per column: int8 on
                  v5e and v6e, float8 on TPU7x; against a kernel that quantizes in VMEM
     dlhs, drhs   the two products of a backward pass, of operands in 8 bits
-    w4a16        bfloat16 by int4 in groups of 128
+    w4a16        bfloat16 by int4 in groups of 128; the Pallas kernel is the library's own
     w4a8         the same, the activations quantized per row
     128x128      float8, weights in blocks of 128 x 128, activations in runs of 128
 
@@ -18,6 +18,7 @@ of XLA's or less: estimates are no timings, so less would say nothing.
 
     pip install 'mpjax[tpu]'
     python benchmarks/tpu_kernels.py [--quick] [--targets v6e] [--cases row]
+    python benchmarks/tpu_kernels.py --tune    # the library's table, from the committed rows
 """
 
 import dataclasses
@@ -35,9 +36,11 @@ import jax.numpy as jnp
 
 import mpjax_kernels as mk
 from _pallas_matmul import GROUP, fused_blocks, fused_rows, grouped, grouped_blocks
-from _suite import Rows, output_folder, parser
+from _suite import RESULTS, Rows, output_folder, parser
 from _tpu_account import CLOCKS, Account, account, floor_cycles
 from _tpu_schedule import FLAGS
+from _tpu_tune import CANDIDATES, tune
+from mpjax_kernels import _tpu
 
 E4M3 = "float8_e4m3fn"
 FORMATS = {"v5e": "int8", "v6e": "int8", "tpu7x": E4M3}
@@ -58,6 +61,8 @@ PREFILL = [
 ]
 TRAINING = [(2048, 14336, 4096), (8192, 4096, 4096), (8192, 8192, 1024)]
 GROUPS = [(m, 4096, 4096) for m in (8, 64, 256, 512, 2048)] + [(2048, 4096, 14336)]
+# Decoding, for the kernel that the library has.
+FEW = [(8, 4096, 14336), (8, 14336, 4096), (64, 4096, 14336), (64, 14336, 4096), (128, 4096, 4096)]
 QUICK = [(8, 1024, 1024), (512, 1024, 1024)]
 MATRIX = (((1,), (0,)), ((), ()))
 
@@ -87,7 +92,7 @@ def cases(quick: bool) -> dict[str, Case]:
         yield "dlhs", large[1:]
         yield "drhs", large[1:]
         for kind in ("w4a16", "128x128") if target == "tpu7x" else ("w4a16", "w4a8"):
-            yield kind, QUICK if quick else GROUPS
+            yield kind, QUICK if quick else FEW + GROUPS if kind == "w4a16" else GROUPS
 
     found = [
         Case(target, kind, *shape)
@@ -153,11 +158,21 @@ def by_pallas(case: Case) -> Iterator[tuple[Any, Callable[..., Any], tuple[Any, 
         for blocks in fused_blocks(*sizes, vmem):
             run = partial(fused_rows, format=format, blocks=blocks, vmem=VMEM[case.target])
             yield blocks, lambda x, w, run=run: run(x, w.values, w.scale), (x, w)
+    elif case.kind == "w4a16":
+        w, _ = _grouped_operands(case)
+        each = (_tpu.blocks_for(*sizes, GROUP, most) for most in CANDIDATES)
+        for blocks in dict.fromkeys(each):
+            yield blocks, partial(_by_our_kernel, blocks), (x, w)
     elif case.kind not in ("dlhs", "drhs"):
         w, quantize = _grouped_operands(case)
         for blocks in grouped_blocks(*sizes):
             run = partial(grouped, blocks=blocks, vmem=vmem)
             yield blocks, partial(_by_groups, quantize, run), (x, w)
+
+
+def _by_our_kernel(blocks: _tpu.Blocks, x: Any, w: Any) -> Any:
+    dtype = jnp.dtype(jnp.bfloat16)
+    return _tpu.grouped_matmul(x, w.values, w.scale, dtype, transposed=False, blocks=blocks)
 
 
 def _by_groups(quantize: Callable[[Any], Any], run: Callable[..., Any], x: Any, w: Any) -> Any:
@@ -195,6 +210,10 @@ def row(case: Case, listings: Path) -> dict[str, Any]:
         found["pallas"] = (
             dataclasses.asdict(blocks) | {"tried": len(tried)} | dataclasses.asdict(best)
         )
+        if in_bfloat16:
+            found["candidates"] = [
+                dataclasses.asdict(blocks) | {"cycles": each.cycles} for blocks, each in tried
+            ]
     return {
         "benchmark": "tpu_kernels",
         "case": case.name,
@@ -234,7 +253,13 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--targets", nargs="+", choices=FORMATS, help="all of them by default")
     arguments.add_argument("--cases", nargs="+", help="parts of their names")
+    arguments.add_argument(
+        "--tune", action="store_true", help="compile nothing, and write the library's table anew"
+    )
     options = arguments.parse_args()
+    if options.tune:
+        tune(RESULTS / "tpu_kernels.jsonl")
+        return
     chosen = [
         case
         for name, case in cases(options.quick).items()

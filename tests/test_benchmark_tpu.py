@@ -54,6 +54,13 @@ def schedule(monkeypatch):
     return importlib.import_module("_tpu_schedule").schedule
 
 
+@pytest.fixture
+def tuning(monkeypatch):
+    """What makes the library's table of the rows."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("_tpu_tune")
+
+
 def test_the_bundles_of_loops_and_branches_are_counted(schedule):
     found = schedule(LISTING, bytes_per_cycle=1e9)
     # Two before the loop, one after it. A turn has 11 up to 0xc and 7 from 0x10; three turns also
@@ -77,6 +84,39 @@ def test_control_that_is_not_known_is_an_error(schedule):
     unknown = LISTING.replace("%p3_p2 = scmp.ge.s32.totalorder %s7_s9, 4", "%s16_s1 = smov 0")
     with pytest.raises(ValueError, match="sbr.rel depends on p3, which is not known"):
         schedule(unknown, 1.0)
+
+
+def row(rows, ratio, blocks, *, target="v6e", cycles=1000):
+    cycles_of = [{"rows": 16, "columns": c, "terms": t, "cycles": n} for (c, t), n in blocks]
+    found = {"m_k_n": [rows, 4096, 4096], "ratio": ratio, "xla": {"cycles": cycles}}
+    return found | {"kind": "w4a16", "target": target, "candidates": cycles_of}
+
+
+def test_the_librarys_table_is_what_the_rows_say(tuning):
+    rows = (BENCHMARKS / "results" / "tpu_kernels.jsonl").read_text().splitlines()
+    found = tuning.table(map(json.loads, rows))
+    assert found == tuning.TABLE.read_text()
+    loses = [json.loads(r) for r in rows]
+    for each in loses:  # the test can fail
+        each["ratio"] = 1.1 if each["m_k_n"][0] < 512 else each["ratio"]
+    assert tuning.table(loses) != found
+
+
+def test_the_rule_of_the_librarys_table(tuning):
+    narrow, wide = (256, 4096), (1024, 1024)
+    even = [(narrow, 700), (wide, 800)]
+
+    def fewest(*ratios):
+        return tuning._fewest([row(n, ratio, even) for n, ratio in ratios])
+
+    assert fewest((8, 0.8), (64, 0.9), (512, 0.7)) == 8
+    assert (
+        fewest((8, 0.9), (64, 0.85), (512, 0.7)) == 64
+    )  # 0.9 is a win, but may be no more than an error
+    assert fewest((8, 0.7), (64, 1.01), (512, 0.7)) == 512
+    assert fewest((8, 0.7), (8, 0.9), (64, 0.8)) == 64  # every shape of so many rows
+    with pytest.raises(ValueError, match="v6e: XLA's product is the faster"):
+        fewest((8, 0.7), (64, 1.01))
 
 
 @pytest.mark.tpu_compile

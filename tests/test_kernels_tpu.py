@@ -18,7 +18,8 @@ import mpjax_kernels as mk
 from mpjax_kernels import _tpu
 from mpjax_kernels._contraction import contraction
 from mpjax_kernels._storage import as_stored
-from mpjax_kernels._tpu import Blocks, blocks_for
+from mpjax_kernels._tpu import FEWEST_ROWS, LARGEST, VMEM, Blocks, blocks_for, tuned, vmem_bytes
+from mpjax_kernels._tpu_tuned import FOR_ANY, TUNED
 from tests.kernels_helpers import U, normal, quantize
 
 pytestmark = pytest.mark.usefixtures("strict_promotion", "no_races")
@@ -40,13 +41,13 @@ def no_races(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-@partial(jax.jit, static_argnames=("dtype", "blocks"))
-def product(x, r, dtype=jnp.float32, blocks=SMALL):
+@partial(jax.jit, static_argnames="dtype")
+def product(x, r, dtype=jnp.float32):
     axes = contraction(x.shape, r.shape, (((x.ndim - 1,), (0,)), ((), ())))
     stored = axes.reordered(tuple(range(x.ndim)), (1, 0)) if r.layout else axes
     dtype = np.dtype(dtype)
     return _tpu.dot_general(
-        x, as_stored(r), stored, None, dtype, blocks=blocks, interpret=INTERPRET
+        x, as_stored(r), stored, None, dtype, largest=SMALL, interpret=INTERPRET
     )
 
 
@@ -86,13 +87,28 @@ def test_the_result_dtype():
     assert jax.eval_shape(partial(product, dtype="float16"), x, r).dtype == jnp.float16
 
 
-def test_blocks_hold_whole_groups_and_fit_into_vmem():
-    for terms, group in [(4096, 128), (14336, 128), (5120, 256), (1280, 1280), (8192, 4096)]:
-        b = blocks_for(10**4, 4096, terms, group)
-        assert terms % b.terms == 0 == b.terms % group
-        # Two buffers of what comes and goes, the sum, and the weight in bfloat16.
-        entries = 2 * 2 * b.rows * b.terms + 2 * b.columns * b.terms + 2 * b.columns * b.terms
-        assert entries + b.rows * b.columns * (4 + 2 * 4) <= 16 * 2**20
+@pytest.mark.parametrize("group", [128, 256, 1024, 4096])
+@pytest.mark.parametrize("entry", [FOR_ANY, *TUNED.values()], ids=str)
+def test_blocks_hold_whole_groups_and_fit_into_vmem(entry, group):
+    for largest in (LARGEST, *(Blocks(*each) for each in entry.values())):
+        for terms in (4096, 8192, 12288, 20480):
+            b = blocks_for(10**4, 4096, terms, group, largest)
+            assert terms % b.terms == 0 == b.terms % group
+        assert vmem_bytes(blocks_for(512, 4096, 4096, 128, largest), 4, 128, 2) <= VMEM
+    # What is taken where the others do not fit.
+    assert vmem_bytes(blocks_for(10**4, 4096, 8192, group), 8, group, 4) <= VMEM
+    # Two buffers of rows, of a weight of 8 bits, and of the result, a group in bfloat16, and sums.
+    entries = (
+        2 * 2 * 512 * 4096,
+        2 * 256 * 4096,
+        2 * 4 * 512 * 256,
+        2 * 256 * 128,
+        2 * 4 * 512 * 256,
+    )
+    assert vmem_bytes(LARGEST, 8, 128, 4) == sum(entries)
+
+
+def test_blocks_are_no_larger_than_the_product():
     assert blocks_for(600, 7, 256, 128) == Blocks(rows=304, columns=7, terms=256)
     assert blocks_for(1024, 512, 256, 128).rows == 512
 
@@ -121,7 +137,16 @@ def test_what_it_refuses():
     refuses("integers without a zero point", x, weight(256, 64, symmetric=False))
     refuses("a scale per group of a multiple of 128 terms", x, weight(256, 64, group_size=64))
     refuses("a scale per group of a multiple of 128 terms", x, weight(256, 64, group_size=-1))
-    refuses("`lhs` has 255 rows: XLA is faster beside fewer than 256", traced(255, 256), w)
+    refuses("`lhs` has 255 rows: it takes 256 or more beside QTensor.int4", traced(255, 256), w)
+    wide, eight = weight(4096, 4096), weight(4096, 4096, format="int8")
+    refuses(
+        "`lhs` has 255 rows: it takes 256 or more beside QTensor.int8", traced(255, 4096), eight
+    )
+    message = (
+        f"`lhs` has {FEWEST_ROWS - 1} rows: it takes {FEWEST_ROWS} or more beside QTensor.int4"
+    )
+    refuses(message, traced(FEWEST_ROWS - 1, 4096), wide)
+    assert jax.eval_shape(partial(mk.matmul, **how), traced(FEWEST_ROWS, 4096), wide).ndim == 2
     batched = partial(mk.einsum, "bmk,bkn->bmn")
     x, w = traced(2, 512, 256), weight(2, 256, 64, axis=1)
     refuses(r"it takes \[..., K\] by two axes", x, w, batched)
@@ -155,6 +180,47 @@ def test_programs_for_several_and_exported_ones_have_what_xla_can_partition():
     assert KERNEL not in exported.mlir_module()
     with pytest.raises(NotImplementedError, match="'tpu': the program is for several devices"):
         text_for("tpu", partial(mk.matmul, implementation="tpu"), X, W, **sharded)
+
+
+def rows_by_a_weight(rows):
+    return contraction((rows, 256), (256, 64), (((1,), (0,)), ((), ())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [
+        ("TPU v5 lite", TUNED["TPU v5e|TPU v5 ?lite"]),
+        ("TPU v6 lite", TUNED["TPU v6e|TPU v6 lite"]),
+        ("TPU7x", TUNED["TPU ?7x?|TPU v7x?"]),
+        ("TPU v4", FOR_ANY),
+        ("TPU v5", FOR_ANY),
+        (None, FOR_ANY),
+    ],
+)
+def test_a_kind_of_tpu_gets_its_entry(kind, entry):
+    for rows in (FEWEST_ROWS, 64, 255, 256, 10**4):
+        fewest = [number for number in entry if number <= rows]
+        found = tuned(kind, rows_by_a_weight(rows))
+        if fewest:
+            assert found == {"largest": Blocks(*entry[max(fewest)])}
+        else:
+            on = "a TPU of any kind" if kind is None else repr(kind)
+            message = f"`lhs` has {rows} rows: XLA is faster beside fewer than {min(entry)} on {on}"
+            assert found == message
+
+
+def test_a_tpu_that_is_not_known_and_vmap_get_what_holds_for_any():
+    fewest = min(FOR_ANY)
+    assert FEWEST_ROWS < fewest
+    wide = weight(4096, 4096)
+    for rows in (fewest, fewest - 1):
+        has_it = rows == fewest
+        x = traced(rows, 4096)
+        assert (KERNEL in text_for("tpu", mk.matmul, x, wide)) == has_it
+        stacked = jax.vmap(mk.matmul, in_axes=(0, None))
+        assert (KERNEL in text_for("tpu", stacked, traced(3, rows, 4096), wide)) == has_it
+    with pytest.raises(NotImplementedError, match=f"'tpu': `lhs` has {fewest - 1} rows: .* of any"):
+        text_for("tpu", partial(mk.matmul, implementation="tpu"), traced(fewest - 1, 4096), wide)
 
 
 def test_its_derivative_is_that_of_xlas_product():

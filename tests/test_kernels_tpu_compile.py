@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 import mpjax as mp
 import mpjax_kernels as mk
+from mpjax_kernels._tpu_tuned import TUNED
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.usefixtures("strict_promotion")]
 
@@ -23,6 +25,7 @@ E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 # The 8-bit format that each chip's matrix unit multiplies, as HLO calls it.
 NATIVE = [("v5e", "int8", "s8"), ("v6e", "int8", "s8"), ("tpu7x", E4M3, "f8e4m3fn")]
 ROWS, TERMS, COLUMNS = 256, 2048, 1024
+NAME = 'kernel_name = "mpjax_grouped_matmul"'
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +164,47 @@ def test_the_products_of_all_groups_are_added_up_in_one_pass(
     assert multiplied_dtypes(text) <= widest | {"s4", "s8"}
 
 
+def fewest_rows(chip):
+    """Of those that the kernel multiplies on a chip."""
+    kind = _device(chip).device_kind
+    (entry,) = [entry for name, entry in TUNED.items() if re.fullmatch(name, kind)]
+    return min(entry)
+
+
+def test_a_program_has_the_kernel_by_the_chip_that_it_is_for(compiler):
+    x, w = activation(64, 4096), weight("int4", 4096, 4096, group_size=128)
+    inner = jax.jit(mk.matmul)
+    function = jax.jit(lambda x, w: inner(x, w))  # one for both, which JAX keeps what it lowers of
+    named = jax.jit(partial(mk.matmul, implementation="tpu"))
+
+    def lowered(chip, function, sharding=None):
+        sharding = SingleDeviceSharding(_device(chip)) if sharding is None else sharding
+        where = partial(jax.ShapeDtypeStruct, sharding=sharding)
+        args = jax.tree.map(lambda a: where(a.shape, a.dtype), (x, w))
+        return function.lower(*args).as_text()
+
+    def on_a_mesh(chip):
+        mesh = jax.sharding.Mesh([_device(chip)], ("rows",))
+        specs = {"in_specs": (P("rows"), P()), "out_specs": P("rows"), "check_vma": False}
+        mapped = jax.jit(jax.shard_map(mk.matmul, mesh=mesh, **specs))
+        return lowered(chip, mapped, jax.sharding.NamedSharding(mesh, P()))
+
+    for lower in (partial(lowered, function=function), on_a_mesh):
+        assert [NAME in lower(chip) for chip in ("v5e", "v6e", "v5e")] == [False, True, False]
+    assert NAME in lowered("v6e", named)
+    with pytest.raises(NotImplementedError, match="'tpu': `lhs` has 64 rows: .* 'TPU v5 lite'"):
+        lowered("v5e", named)
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_many_rows_by_a_weight_in_groups_reach_the_kernel(compiled, chip):
     def layer(x, w):
         return nn.silu(mk.matmul(x, w, preferred_element_type=jnp.bfloat16))
 
-    for rows, calls in ((256, 1), (255, 0)):
+    fewest = fewest_rows(chip)
+    for rows, calls in ((fewest, 1), (fewest - 1, 0)):
         for transposed in (False, True)[: calls + 1]:
-            w = weight("int4", 4096, 384, transposed=transposed, group_size=128)
+            w = weight("int4", 4096, 4096, transposed=transposed, group_size=128)
             program = compiled(chip, layer, activation(rows, 4096), w)
             text = program.as_text()
             assert text.count('custom_call_target="tpu_custom_call"') == calls

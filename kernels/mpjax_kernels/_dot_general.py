@@ -21,7 +21,9 @@ from ._storage import as_stored
 # In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
     "native": Implementation(_native.refusal, _native.dot_general, ("cpu",), is_native=True),
-    "tpu": Implementation(_tpu.refusal, _tpu.dot_general, ("tpu",), is_native=True),
+    "tpu": Implementation(
+        _tpu.refusal, _tpu.dot_general, ("tpu",), is_native=True, tuned=_tpu.tuned
+    ),
     "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
     "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
     "xla": Implementation(_xla.refusal, _xla.dot_general),
@@ -55,8 +57,9 @@ def dot_general(
       of float8, or a float32, bfloat16 or float16 array and a QTensor of int8, int4 or float8,
       where the package was built with them; in programs for one device, or inside of
       `jax.shard_map`, and not in exported ones.
-    - `"tpu"`: on TPUs, a Pallas kernel for 256 rows of bfloat16 or more by a QTensor of int8 or
-      int4 with a scale per group of a multiple of 128 terms; in the same programs as `"native"`.
+    - `"tpu"`: on TPUs, a Pallas kernel for bfloat16 by a QTensor of int8 or int4 with a scale per
+      group of a multiple of 128 terms, from so many rows on as it is faster with on that TPU; in
+      the same programs as `"native"`.
     - `"cpu"`: on CPUs, what takes XLA a form of its own to be fast there: integers, with the same
       exact sums; a few rows of a 16-bit array by integers, the rows as integers of 23 bits (off by
       2**-22 of their amax) unless `precision` asks for more; and products in bfloat16 or float32 of

@@ -1,7 +1,7 @@
 """Implementations of an operation, and the choice among them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from ._varying import vary_like
 Operand = Array | QTensor
 
 _NO_CALL = (
-    "{name!r}: the program is for several devices, for another platform or for export, and cannot "
-    "hold a native call"
+    "the program is for several devices, for another platform or for export, and cannot hold a "
+    "native call"
 )
 
 
@@ -30,9 +30,10 @@ class _Run:
 
     function: Callable[..., Array]
     static: tuple
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, *operands: Operand) -> Array:
-        return self.function(*operands, *self.static)
+        return self.function(*operands, *self.static, **dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ class Implementation:
         platforms: Where it runs, by the names of `jax.lax.platform_dependent`; empty: everywhere.
         is_native: Whether it calls kernels that XLA cannot look into, where a program may have
             such calls; they run on one platform.
+        tuned: Of a native one: for a kind of device (None if it is not known) and the static
+            arguments, further arguments of `run`; or, in a string, why those that come after it
+            are to run there.
     """
 
     refusal: Callable[..., str | None]
     run: Callable[..., Array]
     platforms: tuple[str, ...] = ()
     is_native: bool = False
+    tuned: Callable[..., Mapping[str, Any] | str] | None = None
 
 
 def choose(
@@ -87,8 +92,7 @@ def choose(
             reasons.append(f"{name!r}: {reason}")
         elif table[name].is_native:
             rest = {other: table[other] for other in names[i + 1 :]}
-            platform = table[name].platforms[0]
-            return _native(run, _Rest(name, tuple(rest.items()), static), operands, platform)
+            return _native(table[name], _Rest(name, tuple(rest.items()), static), operands)
         elif table[name].platforms:
             branches = {place: run for place in table[name].platforms} | branches
         else:
@@ -112,11 +116,12 @@ class _Rest:
     name: str
     table: tuple[tuple[str, Implementation], ...]
     static: tuple
+    reason: str = _NO_CALL
 
     def __call__(self, *operands: Operand) -> Array:
         if not self.table:
-            reason = _NO_CALL.format(name=self.name)
-            raise NotImplementedError(_no_implementation(describe_all(operands), [reason]))
+            reasons = [f"{self.name!r}: {self.reason}"]
+            raise NotImplementedError(_no_implementation(describe_all(operands), reasons))
         return choose(dict(self.table), None, operands, *self.static)
 
 
@@ -131,12 +136,32 @@ class _OfLeaves:
         return (self.function(*jax.tree.unflatten(self.tree, leaves)),)
 
 
-def _native(run: _Run, rest: _Rest, operands: tuple[Operand, ...], platform: str) -> Array:
+@dataclass(frozen=True)
+class _Tuned:
+    """For a kind of device, a native implementation as it is tuned for that, or the rest."""
+
+    native: Implementation
+    rest: _Rest
+    tree: Any
+
+    def __call__(self, kind: str | None) -> _OfLeaves:
+        assert self.native.tuned is not None
+        found = self.native.tuned(kind, *self.rest.static)
+        if isinstance(found, str):
+            return _OfLeaves(replace(self.rest, reason=found), self.tree)
+        run = _Run(self.native.run, self.rest.static, tuple(found.items()))
+        return _OfLeaves(run, self.tree)
+
+
+def _native(native: Implementation, rest: _Rest, operands: tuple[Operand, ...]) -> Array:
     """A native kernel where the program may have it, and otherwise the choice among the rest."""
     leaves, tree = jax.tree.flatten(operands)
+    run = _Run(native.run, rest.static)
     result = jax.eval_shape(run, *operands)
     functions = _OfLeaves(run, tree), _OfLeaves(rest, tree)
-    return native_or(*functions, [result], *leaves, platform=platform)[0]
+    by_kind = None if native.tuned is None else _Tuned(native, rest, tree)
+    platform = native.platforms[0]
+    return native_or(*functions, [result], *leaves, platform=platform, by_kind=by_kind)[0]
 
 
 def _now(

@@ -26,6 +26,7 @@ def native_or(
     *operands: Array,
     all_mapped: bool = False,
     platform: str = "cpu",
+    by_kind: Callable[[str | None], Callable[..., tuple[Array, ...]]] | None = None,
 ) -> tuple[Array, ...]:
     """`native(*operands)` where it can run, else `otherwise(*operands)`.
 
@@ -36,10 +37,14 @@ def native_or(
         *operands: Arrays.
         platform: Where they run.
         all_mapped: Whether `jax.vmap` takes `otherwise` unless it maps all operands.
+        by_kind: Gives what is to run in place of `native` on a kind of device: a `device_kind`, or
+            None, if it is not known or under `jax.vmap`; hashable.
     """
     shapes = tuple((tuple(r.shape), jax.numpy.dtype(r.dtype)) for r in results)
     options = {"native": native, "otherwise": otherwise, "results": shapes}
-    out = _native_or_p.bind(*operands, **options, all_mapped=all_mapped, platform=platform)
+    out = _native_or_p.bind(
+        *operands, **options, all_mapped=all_mapped, platform=platform, by_kind=by_kind
+    )
     return tuple(vary_like(each, operands) for each in out)
 
 
@@ -79,14 +84,15 @@ def _shapes(*_: Any, results: tuple, **__: Any):
     return [ShapedArray(shape, dtype) for shape, dtype in results]
 
 
-def _batch(operands, axes, *, native, otherwise, results, all_mapped, platform):
+def _batch(operands, axes, *, native, otherwise, results, all_mapped, platform, by_kind):
     axes = tuple(a if isinstance(a, int) else None for a in axes)
+    native = native if by_kind is None else by_kind(None)
     if all_mapped and None in axes:
         return jax.vmap(otherwise, axes)(*operands), (0,) * len(results)
     size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
     mapped = tuple(((size, *shape), dtype) for shape, dtype in results)
     functions = {"native": _Mapped(native, axes), "otherwise": _Mapped(otherwise, axes)}
-    options = {"results": mapped, "all_mapped": all_mapped, "platform": platform}
+    options = {"results": mapped, "all_mapped": all_mapped, "platform": platform, "by_kind": None}
     out = _native_or_p.bind(*operands, **functions, **options)
     return out, (0,) * len(results)
 
@@ -94,9 +100,25 @@ def _batch(operands, axes, *, native, otherwise, results, all_mapped, platform):
 batching.primitive_batchers[_native_or_p] = _batch
 
 
-def _lower(ctx: Any, *operands: Any, native: Any, otherwise: Any, platform: str, **_: Any):
-    function = native if _runs_here(ctx, platform) else otherwise
+def _lower(
+    ctx: Any, *operands: Any, native: Any, otherwise: Any, platform: str, by_kind: Any, **_: Any
+):
+    if not _runs_here(ctx, platform):
+        function = otherwise
+    else:
+        function = native if by_kind is None else by_kind(_device_kind(ctx, platform))
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+
+
+def _device_kind(ctx: Any, platform: str) -> str | None:
+    """What JAX calls the devices that are compiled for; None if it has none of this platform.
+
+    The backend is theirs, be they at hand or a topology to compile for, and is in the key of JAX's
+    cache of lowered programs. (It tells the devices themselves to primitives of its own only.)
+    """
+    backend = ctx.module_context.backend
+    devices = () if backend is None else backend.devices()
+    return devices[0].device_kind if devices and devices[0].platform == platform else None
 
 
 def _runs_here(ctx: Any, platform: str) -> bool:

@@ -11,6 +11,7 @@ know of no kernel that is faster than XLA on all chips.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,14 +27,12 @@ from jaxtyping import Array, BFloat16, Float, Int
 from ._contraction import Contraction
 from ._qtensor import QTensor, describe
 from ._storage import spread
+from ._tpu_tuned import FEW, FOR_ANY, SMALLEST, TUNED
 from ._varying import varying_axes
 
 SUBLANES, LANES = 16, 128  # a tile of bfloat16
-# Beside fewer rows XLA is faster on v5e, and which chip it is for is not known when it is chosen.
-FEWEST_ROWS = 256
-# These blocks fit into the 16 MiB of VMEM that a kernel may use unless it asks for more, and are
-# the fastest of those that were tried: `benchmarks/tpu_kernels.py` tries others beside them.
-_ROWS, _COLUMNS, _TERMS = 512, 256, 4096
+# Beside fewer rows XLA is faster on all TPUs that were compared.
+FEWEST_ROWS = min(map(min, (FOR_ANY, *TUNED.values())))
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,40 @@ class Blocks:
     terms: int
 
 
-def blocks_for(rows: int, columns: int, terms: int, group: int) -> Blocks:
+# Of the 16 MiB that a kernel may use unless it asks for more; the rest is for what is not counted.
+VMEM = 14 * 2**20
+LARGEST = Blocks(rows=512, columns=256, terms=4096)  # of which any product fits
+
+
+def tuned(kind: str | None, contraction: Contraction, *_: Any) -> dict[str, Blocks] | str:
+    """The largest blocks for a kind of TPU, or why XLA's product is to run there."""
+    rows = contraction.rows
+    names = [name for name in TUNED if kind is not None and re.fullmatch(name, kind)]
+    entry = TUNED[names[0]] if names else FOR_ANY
+    if rows < min(entry):
+        device = "a TPU of any kind" if kind is None else repr(kind)
+        return f"`lhs` has {rows} rows: XLA is faster beside fewer than {min(entry)} on {device}"
+    return {"largest": Blocks(*entry[max(fewest for fewest in entry if fewest <= rows)])}
+
+
+def vmem_bytes(blocks: Blocks, bits: int, group: int, result_bytes: int) -> int:
+    """What a step needs: two buffers of what comes and goes, a sum, and what of a group is wide."""
+    rows, columns, terms = blocks.rows, blocks.columns, blocks.terms
+    coming = 2 * rows * terms * 2 + 2 * terms * columns * bits // 8
+    return coming + group * columns * 2 + rows * columns * (4 + 4 + 2 * result_bytes)
+
+
+def blocks_for(
+    rows: int, columns: int, terms: int, group: int, largest: Blocks = LARGEST
+) -> Blocks:
     """The blocks of a product with a scale per so many terms."""
-    groups, most = terms // group, _TERMS // group
+    if group > largest.terms:
+        largest = LARGEST
+    groups, most = terms // group, largest.terms // group
     per_step = max(n for n in range(1, min(most, groups) + 1) if groups % n == 0)
-    each = math.ceil(rows / math.ceil(rows / _ROWS))
-    return Blocks(math.ceil(each / SUBLANES) * SUBLANES, min(_COLUMNS, columns), per_step * group)
+    each = math.ceil(rows / math.ceil(rows / largest.rows))
+    even = math.ceil(each / SUBLANES) * SUBLANES
+    return Blocks(even, min(largest.columns, columns), per_step * group)
 
 
 def refusal(
@@ -67,13 +94,18 @@ def refusal(
     if rhs.ndim != 2 or len(c.rhs_contract) != 1 or c.lhs_contract != (lhs.ndim - 1,):
         return "it takes [..., K] by two axes, of which one is contracted"
     group = _group(rhs, c)
-    if rhs.scale.shape[c.rhs_contract[0]] == 1 or group % LANES or group > _TERMS:
+    if rhs.scale.shape[c.rhs_contract[0]] == 1 or group % LANES or group > LARGEST.terms:
         return (
             f"`rhs` is {describe(rhs)}: it takes a scale per group of a multiple of {LANES} terms, "
-            f"of {_TERMS} at most"
+            f"of {LARGEST.terms} at most"
         )
-    if c.rows < FEWEST_ROWS or c.columns == 0:
-        return f"`lhs` has {c.rows} rows: XLA is faster beside fewer than {FEWEST_ROWS}"
+    is_compared = rhs.format.bits == 4 and c.terms * c.columns >= SMALLEST
+    fewest = FEWEST_ROWS if is_compared else max(FEWEST_ROWS, FEW)
+    if c.rows < fewest or c.columns == 0:
+        return (
+            f"`lhs` has {c.rows} rows: it takes {fewest} or more beside {describe(rhs)}, fewer "
+            f"than {FEW} beside int4 of {SMALLEST} entries or more only"
+        )
     if varying_axes(lhs, rhs):
         return "inside `jax.shard_map` a Pallas kernel needs `check_vma=False`"
     return None
@@ -91,12 +123,17 @@ def dot_general(
     precision: Any,
     dtype: np.dtype,
     *,
-    blocks: Blocks | None = None,
+    largest: Blocks = LARGEST,
     interpret: Any = False,
 ) -> Float[Array, "*batch n"]:
     """The product of operands that `refusal` lets pass; `interpret` as in `pallas_call`."""
     del precision  # products of bfloat16 by 8 bits are exact in float32, in which they are summed
-    c = contraction
+    c, group = contraction, _group(rhs, contraction)
+    # TPUs have no float64, and float16 on some only.
+    made = jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32)
+    blocks = blocks_for(c.rows, c.columns, c.terms, group, largest)
+    if vmem_bytes(blocks, rhs.format.bits, group, made.itemsize) > VMEM:
+        blocks = blocks_for(c.rows, c.columns, c.terms, group)
     # A scale for every group and column: blocks of a weight may share one over several columns.
     wide = tuple(rhs.scale.shape[a] if a in c.rhs_contract else s for a, s in enumerate(rhs.shape))
     scale = jnp.broadcast_to(spread(rhs.scale, wide), wide)
@@ -105,10 +142,9 @@ def dot_general(
         lhs.reshape(c.rows, c.terms),
         rhs.values,
         scale.T if transposed else scale,
-        # TPUs have no float64, and float16 on some only.
-        jnp.dtype(dtype if dtype == jnp.bfloat16 else jnp.float32),
+        made,
         transposed=transposed,
-        blocks=blocks or blocks_for(c.rows, c.columns, c.terms, _group(rhs, c)),
+        blocks=blocks,
         interpret=interpret,
     )
     return result.reshape(c.result_shape).astype(dtype)
