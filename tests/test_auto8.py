@@ -228,6 +228,7 @@ def test_an_nnx_model_can_leave_its_policy_open_in_its_file(tmp_path, when):
     _, report = mp.load(path, other, target="h100", return_report=True)
     # A layer as small as `up` stays floats where it has to pay.
     assert [row.format for row in report.weights] == ([E4M3] if when == "always" else [])
+    np.testing.assert_array_equal(other.down.kernel[...], model.down.kernel[...])
     for wrong in ("auto8_from_float32", "auto8_from_bfloat16", "int8_from_bfloat16"):
         with pytest.raises(ValueError, match="the NNX model is wrapped with"):
             mp.save(path, model, policy=wrong)
