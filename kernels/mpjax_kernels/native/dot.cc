@@ -28,8 +28,8 @@ namespace ffi = xla::ffi;
 class PoolLoop : public Loop {
  public:
   explicit PoolLoop(ffi::ThreadPool& pool) : pool_(pool) {}
-  void Run(int64_t count, void (*body)(void*, int64_t), void* data) override {
-    ParallelFor(pool_, count, [=](int64_t i) { body(data, i); });
+  void Run(int64_t count, void (*body)(void*, int64_t), void* data, Claims claims) override {
+    ParallelFor(pool_, count, [=](int64_t i) { body(data, i); }, claims);
   }
 
  private:
@@ -38,7 +38,7 @@ class PoolLoop : public Loop {
 
 class PlainLoop : public Loop {
  public:
-  void Run(int64_t count, void (*body)(void*, int64_t), void* data) override {
+  void Run(int64_t count, void (*body)(void*, int64_t), void* data, Claims) override {
     for (int64_t i = 0; i < count; ++i) body(data, i);
   }
 };

@@ -129,6 +129,41 @@ void MultiplyLanes(const Source& left, const Source& right, int64_t terms, const
   }
 }
 
+// The hardware stops at the end of a page, and a row is soon there.
+constexpr int64_t kAhead = 4096;
+
+// One row by four columns, one after the other: nothing else is waited for but memory, and that is read
+// fastest in one run.
+void MultiplyRow(const Source& left, Source right, int64_t terms, int32_t excess, Sum* sums) {
+  __m512i total[4];
+#pragma GCC unroll 4
+  for (int column = 0; column < 4; ++column, right.data += right.lane_stride) {
+    __m512i parts[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) parts[i] = _mm512_setzero_si512();
+    int64_t term = 0;
+    for (; term + 256 <= terms; term += 256) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* at = right.data + term + 64 * i;
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+        const __m512i bytes = _mm512_loadu_si512(left.data + term + 64 * i);
+        parts[i] = _mm512_dpbusd_epi32(parts[i], Unsigned(_mm512_loadu_si512(at)), bytes);
+      }
+    }
+    for (; term < terms; term += 64) {
+      const __mmask64 mask = MaskOf(terms - term);
+      const __m512i bytes = _mm512_maskz_loadu_epi8(mask, left.data + term);
+      const __m512i numbers = _mm512_maskz_loadu_epi8(mask, right.data + term);
+      parts[0] = _mm512_dpbusd_epi32(parts[0], Unsigned(numbers), bytes);
+    }
+    total[column] = _mm512_add_epi32(_mm512_add_epi32(parts[0], parts[1]),
+                                     _mm512_add_epi32(parts[2], parts[3]));
+  }
+  const __m128i found = _mm_sub_epi32(AddUp(total), _mm_set1_epi32(excess));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), found);
+}
+
 template <int Columns>
 void MultiplyColumns(Source left, int64_t rows, const Source& right, int64_t terms,
                      const int32_t* excess, Sum* sums) {
@@ -153,7 +188,11 @@ void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t co
   }
   int64_t column = 0;
   for (; column + 4 <= columns; column += 4) {
-    MultiplyColumns<4>(left, rows, right, terms, excess, sums + column);
+    if (rows == 1) {
+      MultiplyRow(left, right, terms, excess[0], sums + column);
+    } else {
+      MultiplyColumns<4>(left, rows, right, terms, excess, sums + column);
+    }
     right.data += 4 * right.lane_stride;
   }
   for (; column < columns; ++column) {

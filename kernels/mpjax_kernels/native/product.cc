@@ -106,8 +106,8 @@ class Blocks {
     return std::min(std::max<int64_t>(1, most / tile), DivideUp(lanes, tile)) * tile;
   }
 
-  // One loop over panels to pack and tiles to multiply. They are claimed in their order, so who has
-  // a tile waits for panels that others are packing, never for one that nobody has begun.
+  // One loop over panels to pack and tiles to multiply. They are claimed in order, so who has a tile
+  // waits for panels that others are packing, never for one that nobody has begun.
   void PackAndMultiply(Loop& loop, int64_t row_panels, int64_t column_panels, int64_t tile_columns,
                        void (Blocks::*multiply)(int64_t row, int64_t column)) {
     const int64_t panels = row_panels + column_panels;
@@ -126,7 +126,9 @@ class Blocks {
       const int64_t column = (i - panels) / row_tiles * tile_columns;
       (this->*multiply)(row, column);
     };
-    loop(panels + row_tiles * DivideUp(columns_, tile_columns), body);
+    // Who waits for nobody may go on where it has been.
+    const Claims claims = panels == 0 ? Claims::kInRuns : Claims::kInOrder;
+    loop(panels + row_tiles * DivideUp(columns_, tile_columns), body, claims);
   }
 
   void PackRows(int64_t i) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "claims.h"
 #include "dot.h"
 
 namespace mpjax {
@@ -27,16 +28,16 @@ struct Product {
   Real out_type;
 };
 
-// Calls a function of an index for all indices below a count, begun in their order, perhaps in
-// parallel.
+// Calls a function of an index for all indices below a count, perhaps in parallel.
 class Loop {
  public:
   virtual ~Loop() = default;
-  virtual void Run(int64_t count, void (*body)(void* data, int64_t i), void* data) = 0;
+  virtual void Run(int64_t count, void (*body)(void* data, int64_t i), void* data,
+                   Claims claims) = 0;
 
   template <typename Body>
-  void operator()(int64_t count, Body& body) {
-    Run(count, [](void* data, int64_t i) { (*static_cast<Body*>(data))(i); }, &body);
+  void operator()(int64_t count, Body& body, Claims claims) {
+    Run(count, [](void* data, int64_t i) { (*static_cast<Body*>(data))(i); }, &body, claims);
   }
 };
 

@@ -48,7 +48,7 @@ class Streamed {
       const int64_t first = (i - pieces) * kTilesAtOnce;
       for (int64_t tile = first; tile < std::min(tiles, first + kTilesAtOnce); ++tile) Write(tile);
     };
-    loop(pieces + DivideUp(tiles, kTilesAtOnce), body);
+    loop(pieces + DivideUp(tiles, kTilesAtOnce), body, Claims::kInOrder);
     return true;
   }
 

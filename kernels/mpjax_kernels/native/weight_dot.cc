@@ -157,13 +157,15 @@ ffi::Error WeightDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer we
       in_memory = false;
       return;
     }
-    convert(tiles.row_count(), [&](int64_t i) { tiles.ConvertRows(i); });
-    loop(tiles.tile_count(), [&](int64_t i) { tiles.Compute(i); });
+    convert(tiles.row_count(), [&](int64_t i) { tiles.ConvertRows(i); }, Claims::kInOrder);
+    loop(tiles.tile_count(), [&](int64_t i) { tiles.Compute(i); }, tiles.claims());
   };
-  const auto here = [](int64_t count, const auto& body) {
+  const auto here = [](int64_t count, const auto& body, Claims) {
     for (int64_t i = 0; i < count; ++i) body(i);
   };
-  const auto shared = [&](int64_t count, const auto& body) { ParallelFor(pool, count, body); };
+  const auto shared = [&](int64_t count, const auto& body, Claims claims) {
+    ParallelFor(pool, count, body, claims);
+  };
   const double work = static_cast<double>(out.element_count()) * static_cast<double>(call.terms());
   KeepSubnormals keep;
   if (work < kWorthAThread) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "claims.h"
 #include "scratch.h"
 #include "stream.h"
 #include "weight.h"
@@ -41,6 +42,7 @@ class WeightTiles {
   int64_t row_count() const { return (p_.rows + kTileRows - 1) / kTileRows; }
   void ConvertRows(int64_t tile);
   int64_t tile_count() const;
+  Claims claims() const { return is_stream_ ? Claims::kInOrder : Claims::kInRuns; }
   void Compute(int64_t tile);
 
  private:
