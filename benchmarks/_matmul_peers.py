@@ -103,13 +103,14 @@ NAMES += ("onnxruntime", "onnxruntime_float32", "mpjax_xla")
 
 
 def ours(fmt: Format, x: np.ndarray, w: np.ndarray, implementation: str | None = None) -> Program:
-    """`mk.matmul` as a layer calls it, its weights stored once, as [N, K], for every M."""
+    """A product as a layer calls it, its weights stored once, as [N, K], for every M."""
     weights = mk.quantize(jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size)
     weights = mk.contiguous(weights, axis=0)
 
     def product(x: jax.Array, w: mk.QTensor) -> jax.Array:
-        left = mk.quantize(x, fmt.activations, axis=1) if fmt.activations else x
-        return mk.matmul(left, w, implementation=implementation)
+        if fmt.activations is None:
+            return mk.matmul(x, w, implementation=implementation)
+        return mk.quantized_matmul(x, w, fmt.activations, implementation=implementation)
 
     return compiled(product, jnp.asarray(x, fmt.dtype), weights)
 

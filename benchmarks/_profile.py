@@ -28,6 +28,7 @@ _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _NATIVE = re.compile(r'custom_call_target="mpjax_(\w+)"')
 _NATIVE_KINDS = {
     "int8_dot": "products of weights, int8",
+    "dynamic_int8_dot": "products of weights, int8",
     "float8_dot": "products of weights, float8",
     "quantize": "quantizing activations",
     "weight_dot": "products of weights, decoded",

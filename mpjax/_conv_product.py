@@ -11,7 +11,7 @@ from ._decisions import Decision
 from ._products import QuantizedProduct, refuse_out_sharding
 from ._roofline import NO_SIZE, ProductSize
 
-_IN_8_BITS = ("cpu", "xla")  # all but "reference"
+_IN_8_BITS = ("native", "cpu", "xla")  # all but "reference"
 
 
 class QuantizedConv(QuantizedProduct):

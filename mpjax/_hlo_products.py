@@ -17,6 +17,8 @@ from ._hlo_sources import Copy, Source, sources_of
 _CUBLAS = re.compile(r"__cublas\$")
 _CUDNN = re.compile(r"__cudnn\$conv(Forward|BackwardInput|BackwardFilter|Bias)?")
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
+# Takes floats, and multiplies them as int8.
+_QUANTIZES_LHS = "mpjax_dynamic_int8_dot"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,11 @@ def _found(within: Computation, instruction: Instruction) -> _Found | None:
         is_product, flops = _custom(instruction, operands)
         if not is_product:
             return None
-        return _of(_largest(operands) if _is_pallas(instruction) else operands, flops)
+        found = _of(_largest(operands) if _is_pallas(instruction) else operands, flops)
+        if instruction.text("custom_call_target") != _QUANTIZES_LHS:
+            return found
+        lhs, rhs = found.shapes
+        return dataclasses.replace(found, shapes=(dataclasses.replace(lhs, dtype="s8"), rhs))
     return None
 
 

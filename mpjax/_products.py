@@ -34,7 +34,6 @@ Operand = jax.Array | mk.QTensor | PreScaledWeight
 
 # All but "reference": 8-bit operands or an error, and never a float32 product in silence.
 IN_8_BITS = ("native", "tpu", "cpu", "gpu", "xla")
-_CONVIN_8_BITS = ("cpu", "xla")
 
 
 class States(Protocol):
@@ -162,16 +161,27 @@ class QuantizedProduct:
         self.kernel.write(rhs.with_input(lhs, lhs_axes, rhs_axes))
         return rhs.weight.astype(lhs.dtype)
 
+    def _unscaled(
+        self, x: jax.Array, weight: mk.QTensor | PreScaledWeight, lhs_axes: Any, rhs_axes: Any
+    ) -> tuple[jax.Array, mk.QTensor]:
+        """The activation that meets a stored weight, and what is stored."""
+        if not isinstance(weight, PreScaledWeight):
+            return x, weight
+        return prescaled(x, weight.pre_quant_scale, lhs_axes, rhs_axes), weight.quantized
+
     def _stored_operands(
         self, x: jax.Array, weight: mk.QTensor | PreScaledWeight, lhs_axes: Any, rhs_axes: Any
     ) -> tuple[jax.Array | mk.QTensor, mk.QTensor]:
         """What is multiplied for a stored weight: both operands as they enter the kernel."""
-        if not isinstance(weight, PreScaledWeight):
-            return self._activation(x, weight, tuple(lhs_axes)), weight
-        wide = prescaled(x, weight.pre_quant_scale, lhs_axes, rhs_axes)
-        activation = self._activation(wide, weight.quantized, tuple(lhs_axes))
+        wide, stored = self._unscaled(x, weight, lhs_axes, rhs_axes)
+        activation = self._activation(wide, stored, tuple(lhs_axes))
         is_array = not isinstance(activation, mk.QTensor)
-        return activation.astype(x.dtype) if is_array else activation, weight.quantized
+        return activation.astype(x.dtype) if is_array else activation, stored
+
+    def _is_dynamic_by_row(self) -> bool:
+        """Whether activations are quantized by the amax of each row at hand."""
+        how = self.stored.activation
+        return how is not None and how.granularity == "row" and "input" not in self.states.read()
 
     def _trained(
         self, product: Any, *operands: Any, implementation: Any = IN_8_BITS, **options: Any
@@ -191,10 +201,8 @@ class QuantizedProduct:
         self.states.observe({name: found[name] for name in states if name in found})
         return out
 
-    def _activation(
-        self, x: jax.Array, weight: mk.QTensor, axes: tuple[int, ...]
-    ) -> jax.Array | mk.QTensor:
-        """The other operand of a stored weight: `axes` are those that a row of it has."""
+    def _activation_format(self, weight: mk.QTensor) -> str | None:
+        """What a stored weight's activations are quantized to; None if they are not."""
         if weight.format.name != self.stored.format:
             raise TypeError(
                 f"a weight is stored in {weight.format.name} ({weight!r}), but the policy of its "
@@ -203,7 +211,14 @@ class QuantizedProduct:
                 "the hardware of this one"
             )
         how = self.stored.activation
-        if how is None:
+        return None if how is None else how.format
+
+    def _activation(
+        self, x: jax.Array, weight: mk.QTensor, axes: tuple[int, ...]
+    ) -> jax.Array | mk.QTensor:
+        """The other operand of a stored weight: `axes` are those that a row of it has."""
+        how = self.stored.activation
+        if self._activation_format(weight) is None or how is None:
             return x
         known = self.states.read().get("input")
         if known is not None:
@@ -272,8 +287,14 @@ class QuantizedDotGeneral(QuantizedProduct):
     ) -> jax.Array:
         lhs_axes, rhs_axes = dimension_numbers[0]
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
+            options |= {"implementation": IN_8_BITS}
+            if self._is_dynamic_by_row():
+                x, w = self._unscaled(lhs, rhs, lhs_axes, rhs_axes)
+                format = self._activation_format(w)
+                assert format is not None
+                return mk.dynamic_dot_general(x, w, dimension_numbers, format, **options)
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
-            return mk.dot_general(x, w, dimension_numbers, implementation=IN_8_BITS, **options)
+            return mk.dot_general(x, w, dimension_numbers, **options)
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
         if observed is not None:
             return jax.lax.dot_general(lhs, observed, dimension_numbers, **options)

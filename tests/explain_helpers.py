@@ -121,9 +121,13 @@ def read_both_ways(case, target):
         r'custom_call_target="(?:__cublas|__cudnn\$conv|__onednn|mpjax_(?:int8|float8)_dot)',
         text,
     )
+    rows = re.findall(  # quantized in the call
+        r" custom-call\(%[\w.-]+, (%[\w.-]+)[^\n]*custom_call_target=\"mpjax_dynamic_int8_dot", text
+    )
     # The operands of a ragged product come last, after what says where its groups are.
     ragged = re.findall(
         r" custom-call\([^)]*, (%[\w.-]+), (%[\w.-]+)\)[^\n]*ragged_dot_tiling", text
     )
     found = [(NAMES[dtypes[a]], NAMES[dtypes[b]]) for a, b in pairs + calls + ragged]
+    found += [("int8", NAMES[dtypes[b]]) for b in rows]
     return explanation_of(compiled), sorted(found)

@@ -3,6 +3,7 @@
 Those of float8 are in `test_kernels_native.py`, and what both share.
 """
 
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -186,12 +187,19 @@ def test_a_layer_is_two_calls_of_which_products_of_the_same_rows_share_one():
 
 @pytest.mark.parametrize("policy", ["int8_from_float32", "int8_from_mixed_bfloat16"])
 def test_quantized_models_make_the_calls(policy):
+    """One for few rows, and two for many, which are cast once for several layers."""
     model = mp.wrap(nn.Dense(24), policy)
-    x = normal(5, 40)
-    variables = mp.quantize(model, model.init(jax.random.key(0), x), x)
+    few, many = normal(5, 40), normal(2048, 40)
+    variables = mp.quantize(model, model.init(jax.random.key(0), few), few)
     apply = jax.jit(model.apply)
-    text = apply.lower(variables, x).compile().as_text() or ""
-    assert text.count('target="mpjax_int8_dot"') == text.count('target="mpjax_quantize"') == 1
+    calls = [
+        re.findall(r'target="(mpjax_\w+)"', apply.lower(variables, x).compile().as_text() or "")
+        for x in (few, many)
+    ]
+    assert calls[0] == ["mpjax_dynamic_int8_dot"]
+    assert sorted(calls[1]) == ["mpjax_int8_dot", "mpjax_quantize"]
+    rows = apply(variables, many)[:5]
+    np.testing.assert_array_equal(apply(variables, many[:5]), rows)
 
 
 def trained(x, w, g, implementation=None):

@@ -8,6 +8,7 @@ from ._dot_formats import DotFormats as DotFormats
 from ._dot_formats import OperandFormat as OperandFormat
 from ._dot_general import dot_general as dot_general
 from ._dot_scales import DotScales as DotScales
+from ._dynamic_dot import dynamic_dot_general as dynamic_dot_general
 from ._einsum import batch_axes as batch_axes
 from ._einsum import contracting_axes as contracting_axes
 from ._einsum import einsum as einsum

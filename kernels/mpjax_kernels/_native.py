@@ -87,11 +87,11 @@ def dot_general(
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)
     call = jax.ffi.ffi_call(_CALLS[lhs.format.name], result, vmap_method="expand_dims")
     product = partial(call, lhs_terms_last=left.terms_last, rhs_terms_last=right.terms_last)
-    product = product(left.values, right.values, _scales(lhs, left), _scales(rhs, right))
+    product = product(left.values, right.values, scales_of(lhs, left), scales_of(rhs, right))
     return product.reshape(contraction.result_shape).astype(dtype)
 
 
-def _scales(operand: QTensor, stacked: Matrices) -> Shaped[Array, "batch lanes"]:
+def scales_of(operand: QTensor, stacked: Matrices) -> Shaped[Array, "batch lanes"]:
     """The scale of each matrix and lane, or the one of them all."""
     if operand.scale.size == 1:
         return operand.scale.reshape(1, 1)

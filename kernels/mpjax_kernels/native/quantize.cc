@@ -174,6 +174,13 @@ ffi::Error QuantizeTensors(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
 }
 
 }  // namespace
+
+float QuantizeByAmax(Real type, const void* x, int64_t count, Output format, uint8_t* values) {
+  float known, amax;
+  Tensor(nullptr, type, x, count, format, values).Run(0, known, amax);
+  return known;
+}
+
 }  // namespace mpjax
 
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* mpjax_quantize(

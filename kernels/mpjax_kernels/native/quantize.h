@@ -27,6 +27,10 @@ struct QuantizeKernels {
                        uint8_t* values);
 };
 
+// Quantizes a tensor by the scale of its amax, which is returned, in this thread; as the call does
+// that has no scale.
+float QuantizeByAmax(Real type, const void* x, int64_t count, Output format, uint8_t* values);
+
 extern const QuantizeKernels kPortableQuantize;
 extern const QuantizeKernels kAvx2Quantize;
 extern const QuantizeKernels kAvx512Quantize;
