@@ -32,3 +32,4 @@ from ._quantized_einsum import quantized_einsum as quantized_einsum
 from ._quantized_matmul import quantized_matmul as quantized_matmul
 from ._ragged_dot import ragged_dot as ragged_dot
 from ._storage import contiguous as contiguous
+from ._storage import prepacked as prepacked

@@ -1,7 +1,8 @@
 """The public product: one contract, several implementations of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,29 @@ from ._layout import stored_axes
 from ._qtensor import QTensor
 from ._storage import as_stored
 
+
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of operands in no tiles."""
+    return partial(_call_whole, function)
+
+
+def _call_whole(
+    function: Callable[..., Any], lhs: Operand, rhs: Operand, *static: Any, **options: Any
+) -> Any:
+    whole = (as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
+    return function(*whole, *static, **options)
+
+
 # In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
     "native": Implementation(_native.refusal, _native.dot_general, ("cpu",), is_native=True),
     "tpu": Implementation(
-        _tpu.refusal, _tpu.dot_general, ("tpu",), is_native=True, tuned=_tpu.tuned
+        _whole(_tpu.refusal), _whole(_tpu.dot_general), ("tpu",), is_native=True, tuned=_tpu.tuned
     ),
-    "cpu": Implementation(_cpu.refusal, _cpu.dot_general, ("cpu",)),
-    "gpu": Implementation(_gpu.refusal, _gpu.dot_general, ("cuda",)),
-    "xla": Implementation(_xla.refusal, _xla.dot_general),
-    "reference": Implementation(_reference.refusal, _reference.dot_general),
+    "cpu": Implementation(_whole(_cpu.refusal), _whole(_cpu.dot_general), ("cpu",)),
+    "gpu": Implementation(_whole(_gpu.refusal), _whole(_gpu.dot_general), ("cuda",)),
+    "xla": Implementation(_whole(_xla.refusal), _whole(_xla.dot_general)),
+    "reference": Implementation(_whole(_reference.refusal), _whole(_reference.dot_general)),
 }
 # Those that XLA can differentiate: linear in an array beside a QTensor, in every bit.
 _LINEAR = ("xla", "reference")
@@ -130,7 +144,9 @@ def multiply(
         stored_axes(o.layout if isinstance(o, QTensor) else None, o.ndim) for o in (lhs, rhs)
     )
     stored = axes.reordered(*orders)
-    operands = tuple(as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
+    operands = tuple(
+        as_stored(o, in_tiles=True) if isinstance(o, QTensor) else o for o in (lhs, rhs)
+    )
     result = choose(table, implementation, operands, stored, precision, dtype)
     # The free axes come in the order in which they are stored; put them in that of the operands.
     batch, rows = len(axes.lhs_batch), len(axes.lhs_free)

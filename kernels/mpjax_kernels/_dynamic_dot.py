@@ -92,7 +92,7 @@ def multiply_quantized(
         f"{name} has no derivative: it rounds its activations, which is flat. "
         "Differentiate the model before it is quantized"
     )
-    return without_derivative(product, refusal)(x, as_stored(w))
+    return without_derivative(product, refusal)(x, as_stored(w, in_tiles=True))
 
 
 def check_dynamic(x: Array, w: QTensor) -> None:

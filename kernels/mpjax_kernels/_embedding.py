@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from ._derivative import without_derivative
 from ._layout import positions, stored_axes
-from ._qtensor import QTensor, describe, validate
+from ._qtensor import QTensor, describe, validate, without_tiles
 from ._quantize import dequantize
 
 _MODES = (None, "fill", "clip", "wrap")
@@ -99,6 +99,7 @@ def _in_range(
 def _look_up(
     table: QTensor, rows: Integer[Array, "*batch"], dtype: np.dtype
 ) -> Float[Array, "*batch d"]:
+    table = without_tiles(table)
     axis = positions(stored_axes(table.layout, 2))[0]  # where the rows of the table are stored
     values = _take(table.values, rows, axis)
     values = jnp.moveaxis(values, 0, -1) if axis else values

@@ -22,9 +22,10 @@ from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
 from ._multiplicands import zero_point_refusal
-from ._native_library import FLOAT8, INT8, REALS, native_refusal
+from ._native_library import FLOAT8, INT8, REALS, TILE, native_refusal, reads_tiles
 from ._native_or import is_partly_manual
 from ._qtensor import QTensor, describe
+from ._storage import as_stored
 from ._xla import overflow
 
 _CALLS = dict.fromkeys(FLOAT8, "mpjax_float8_dot") | dict.fromkeys(INT8, "mpjax_int8_dot")
@@ -36,6 +37,8 @@ def refusal(
     """Why the native kernels do not multiply these; None if they do."""
     surroundings = surroundings_refusal(*contraction.lhs_shape, *contraction.rhs_shape)
     if isinstance(lhs, QTensor) != isinstance(rhs, QTensor):
+        if any(isinstance(o, QTensor) and o.tiles for o in (lhs, rhs)):
+            return "a weight in tiles is multiplied by int8 alone"
         return _native_weight.refusal(lhs, rhs, contraction) or surroundings
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(operand, QTensor) or operand.format.name not in _CALLS:
@@ -47,6 +50,8 @@ def refusal(
     if _CALLS[lhs.format.name] != _CALLS[rhs.format.name]:
         return f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: of float8 and of int8"
     c = contraction
+    if lhs.tiles or (rhs.tiles and not _are_tiles_of(rhs, c)):
+        return "tiles that were made for another product"
     if is_grouped(lhs, c.lhs_contract) or is_grouped(rhs, c.rhs_contract):
         return "a scale varies along a contracting axis"
     return (
@@ -55,6 +60,15 @@ def refusal(
         or surroundings
         or overflow(lhs, rhs, c.terms)
     )
+
+
+def _are_tiles_of(rhs: QTensor, c: Contraction) -> bool:
+    """Whether the tiles of a right operand, as stored, are those of the matrices of a product."""
+    is_stack = c.rhs_batch + c.rhs_free + c.rhs_contract == tuple(range(rhs.ndim))
+    if not (is_stack and c.rhs_free and c.rhs_contract and reads_tiles()):
+        return False
+    lane, term = c.rhs_free[-1], c.rhs_contract[-1]
+    return rhs.tiles == tuple(zip((lane - rhs.ndim, term - rhs.ndim), TILE, strict=True))
 
 
 def surroundings_refusal(*sizes: Any) -> str | None:
@@ -82,13 +96,23 @@ def dot_general(
     del precision
     if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
         return _native_weight.dot_general(lhs, rhs, contraction, dtype)
-    left, right, _ = matrices(lhs, rhs, contraction, swapped=False)
+    left, right, _ = matrices(lhs, as_stored(rhs), contraction, swapped=False)
     out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)
     call = jax.ffi.ffi_call(_CALLS[lhs.format.name], result, vmap_method="expand_dims")
     product = partial(call, lhs_terms_last=left.terms_last, rhs_terms_last=right.terms_last)
-    product = product(left.values, right.values, scales_of(lhs, left), scales_of(rhs, right))
+    values = right_values(rhs, right)
+    product = product(left.values, values, scales_of(lhs, left), scales_of(rhs, right))
     return product.reshape(contraction.result_shape).astype(dtype)
+
+
+def right_values(rhs: QTensor, stacked: Matrices) -> Shaped[Array, "batch ..."]:
+    """The matrices of the right operand, or their tiles: [batch, lanes / 16, terms / 4, 16, 4]."""
+    if not rhs.tiles:
+        return stacked.values
+    lanes, terms = TILE
+    shape = stacked.batch, stacked.free // lanes, stacked.terms // terms, lanes, terms
+    return rhs.values.reshape(shape)
 
 
 def scales_of(operand: QTensor, stacked: Matrices) -> Shaped[Array, "batch lanes"]:

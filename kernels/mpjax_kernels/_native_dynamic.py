@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 from ._contraction import Contraction
 from ._cpu_matrices import matrices
 from ._formats import Format
-from ._native import scales_of
+from ._native import right_values, scales_of
 from ._native_library import INT8, REALS
 from ._qtensor import QTensor
+from ._storage import as_stored
 
 # Quantizing so many numbers takes a thread as long as a second call.
 _MOST = 65536
@@ -32,10 +33,11 @@ def dot_general(
     x: Float[Array, "*lhs"], w: QTensor, contraction: Contraction, dtype: np.dtype
 ) -> Float[Array, "*out"]:
     """The product of `x`, quantized by a scale per row, and `w`, without a layout."""
-    left, right, _ = matrices(x, w, contraction, swapped=False)
+    left, right, _ = matrices(x, as_stored(w), contraction, swapped=False)
     out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)
     call = jax.ffi.ffi_call("mpjax_dynamic_int8_dot", result, vmap_method="expand_dims")
     rows = left.values if left.terms_last else jnp.swapaxes(left.values, 1, 2)
-    product = call(rows, right.values, scales_of(w, right), rhs_terms_last=right.terms_last)
+    values = right_values(w, right)
+    product = call(rows, values, scales_of(w, right), rhs_terms_last=right.terms_last)
     return product.reshape(contraction.result_shape).astype(dtype)

@@ -36,6 +36,16 @@ _NEEDS = dict.fromkeys(FLOAT8, "AVX512-BF16 and AVX512-VBMI")
 _NEEDS |= dict.fromkeys(INT8 + INT4, _LEAST)
 
 
+# Outputs and inputs of a tile of int8, and who multiplies tiles.
+TILE = (16, 4)
+_READS_TILES = ("avx512_vnni", "avx512_bf16")
+
+
+def reads_tiles() -> bool:
+    """Whether the native kernels of this machine multiply int8 that is stored in tiles."""
+    return _load()[0] in _READS_TILES
+
+
 @cache
 def native_refusal(format: str = FLOAT8[0], by_array: bool = False) -> str | None:
     """Why there are no native kernels for a format here; None if there are.

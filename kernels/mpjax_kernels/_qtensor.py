@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int8, Shaped
 from ._formats import Format, get_format
 from ._granularity import fits
 from ._indexing import full_index, scale_index
-from ._layout import Layout, is_layout, positions, stored_axes
+from ._layout import Layout, Tiles, is_layout, is_tiles, joined, positions, stored_axes, whole_shape
 
 _REMEDY = (
     "use mpjax_kernels.dot_general / matmul / einsum, "
@@ -31,8 +31,8 @@ class QTensor:
     Invariants, checked by `validate` and not on construction, since JAX also builds this class
     around tracers, `ShapeDtypeStruct`s, shardings and None:
 
-    - `values` has the storage dtype of a known format and, but for `layout`, the shape of the
-      tensor;
+    - `values` has the storage dtype of a known format and, but for `layout` and `tiles`, the shape
+      of the tensor;
     - `values` are finite and `|values| <= format.max`; only beside a zero point does int8 hold
       -128 and int4 -8;
     - `scale` is float32 and has the rank of the tensor;
@@ -41,7 +41,8 @@ class QTensor:
     - `scale` is positive, or NaN where the tensor was not finite;
     - `zero_point` is None (zero, everywhere) or int8 of the shape of `scale`, and then the format
       is an integer one;
-    - `layout` is None or the trailing axes, each once, counted from the end.
+    - `layout` is None or the trailing axes, each once, counted from the end;
+    - `tiles` cuts axes that are in `layout`, into tiles of a size that divides them.
 
     An axis that `jax.vmap` or `jax.lax.scan` maps over must have a scale per entry, as in
     `quantize(w, axis=1)` for a stack of weights `w` of shape [layers, K, N], and no place in
@@ -55,6 +56,8 @@ class QTensor:
         layout: The order in which the trailing axes of `values` are stored (static): `(-1, -2)`
             for a weight of shape [K, N] stored as [N, K]. `scale` and `zero_point` keep the
             order of the tensor. See `contiguous`.
+        tiles: The axes that are cut into tiles, counted from the end, each with the size of a tile,
+            whose entries come last in `values` (static). See `prepacked`.
     """
 
     values: Shaped[Array, "*stored"]
@@ -62,6 +65,7 @@ class QTensor:
     dtype: np.dtype = field(metadata={"static": True})
     zero_point: Int8[Array, "*scales"] | None = None
     layout: Layout = field(default=None, metadata={"static": True})
+    tiles: Tiles = field(default=(), metadata={"static": True})
 
     @property
     def format(self) -> Format:
@@ -71,17 +75,16 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor."""
-        stored = self.values.shape
-        return tuple(stored[i] for i in positions(stored_axes(self.layout, len(stored))))
+        return whole_shape(self.values.shape, self.layout, self.tiles)
 
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return len(self.values.shape)
+        return len(self.values.shape) - len(self.tiles)
 
     @property
     def stored_axes(self) -> tuple[int, ...]:
-        """The axes of the tensor in the order in which `values` has them."""
+        """The axes of the tensor in the order in which `values` has them, those of tiles aside."""
         return stored_axes(self.layout, self.ndim)
 
     @property
@@ -134,6 +137,8 @@ class QTensor:
             parts.append(f"zero_point {describe(self.zero_point)}")
         if self.layout is not None:
             parts.append(f"layout {self.layout}")
+        if self.tiles:
+            parts.append(f"tiles {self.tiles}")
         return f"QTensor({', '.join(parts)})"
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
@@ -163,6 +168,11 @@ def validate(q: QTensor) -> None:
             f"`layout` {q.layout} of a tensor of {q.ndim} axes must hold its trailing axes, each "
             "once, counted from the end, as in (-1, -2)"
         )
+    if not is_tiles(q.tiles, q.layout):
+        raise ValueError(
+            f"`tiles` {q.tiles} must name axes of `layout` {q.layout}, each once, with the size of "
+            "a tile, as in ((-1, 16), (-2, 4))"
+        )
     try:
         get_format(q.values.dtype.name)
     except ValueError as error:
@@ -187,8 +197,14 @@ def in_order(q: QTensor) -> QTensor:
     """The same tensor, stored in the order of its axes."""
     if q.layout is None:
         return q
-    values = jnp.transpose(q.values, positions(stored_axes(q.layout, q.ndim)))
-    return replace(q, values=values, layout=None)
+    values = joined(q.values, q.layout, q.tiles)
+    values = jnp.transpose(values, positions(stored_axes(q.layout, q.ndim)))
+    return replace(q, values=values, layout=None, tiles=())
+
+
+def without_tiles(q: QTensor) -> QTensor:
+    """The same tensor in the same layout, in no tiles."""
+    return q if not q.tiles else replace(q, values=joined(q.values, q.layout, q.tiles), tiles=())
 
 
 def _each(change: Callable[[Array], Array], q: QTensor) -> QTensor:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Shaped
 
 from ._axes import canonical_axes
 from ._derivative import without_derivative
-from ._layout import layout_of, stored_axes
+from ._layout import cut, joined, layout_of, stored_axes
+from ._native_library import INT8, TILE, reads_tiles
 from ._qtensor import QTensor, in_order, validate
 
 _NO_DERIVATIVE = (
@@ -20,14 +21,25 @@ _NO_DERIVATIVE = (
 )
 
 
-def as_stored(q: QTensor) -> QTensor:
-    """The tensor that `values` is without its layout: the axes in the order they are stored in."""
+def as_stored(q: QTensor, *, in_tiles: bool = False) -> QTensor:
+    """The tensor that `values` is without its layout: the axes in the order they are stored in.
+
+    Args:
+        q: The tensor.
+        in_tiles: Whether tiles may stay, and then with a layout that is the order of the axes.
+    """
     if q.layout is None:
         return q
     axes = stored_axes(q.layout, q.ndim)
     zero_point = None if q.zero_point is None else jnp.transpose(q.zero_point, axes)
     scale = jnp.transpose(q.scale, axes)
-    return replace(q, scale=scale, zero_point=zero_point, layout=None)
+    if not (q.tiles and in_tiles):
+        values = joined(q.values, q.layout, q.tiles)
+        return replace(q, values=values, scale=scale, zero_point=zero_point, layout=None, tiles=())
+    place = {axis: i - q.ndim for i, axis in enumerate(axes)}
+    tiles = tuple((place[q.ndim + axis], size) for axis, size in q.tiles)
+    layout = tuple(range(-len(q.layout), 0))
+    return replace(q, scale=scale, zero_point=zero_point, layout=layout, tiles=tiles)
 
 
 def contiguous(q: QTensor, axis: int | Sequence[int]) -> QTensor:
@@ -53,7 +65,54 @@ def contiguous(q: QTensor, axis: int | Sequence[int]) -> QTensor:
     last = canonical_axes(axis, q.ndim, of="q")
     axes = (*(a for a in range(q.ndim) if a not in last), *last)
     values = jnp.transpose(in_order(q).values, axes)
-    return replace(q, values=values, layout=layout_of(axes))
+    return replace(q, values=values, layout=layout_of(axes), tiles=())
+
+
+def prepacked(q: QTensor, axis: int | Sequence[int]) -> QTensor:
+    """The same tensor, stored as the native kernels of this CPU read a weight along `axis`.
+
+    An int8 weight with scales constant along `axis` is stored in the tiles that its products by
+    int8 are made of (tiles of 16 outputs by 4 inputs, on CPUs with AVX512-VNNI), where 16 and 4
+    divide its last axes: it is then never packed again. Any other is `contiguous(q, axis)`. Every
+    operation gives the same result for either. One that does not read tiles, as on another
+    machine, puts them in order at every call: where a weight is not multiplied by int8 take
+    `contiguous`.
+
+    Args:
+        q: The tensor.
+        axis: The axis that is contracted, or several, in their order.
+
+    Returns:
+        A QTensor that equals `q`, with another `layout`, and perhaps `tiles`.
+
+    Raises:
+        ValueError: If an axis is out of range or named twice.
+        TypeError, ValueError: If `q` breaks an invariant of `QTensor`.
+    """
+    q = contiguous(q, axis)
+    last = canonical_axes(axis, q.ndim, of="q")
+    free = [a for a in range(q.ndim) if a not in last]
+    if not free or not last or not _is_tileable(q, last, free[-1]):
+        return q
+    axes = (*free, *last)
+    start = min(q.ndim - len(q.layout or ()), axes.index(free[-1]))
+    layout = tuple(a - q.ndim for a in axes[start:])
+    sizes = zip((free[-1], last[-1]), TILE, strict=True)
+    tiles = tuple((a - q.ndim, size) for a, size in sizes)
+    return replace(q, values=cut(q.values, layout, tiles), layout=layout, tiles=tiles)
+
+
+def _is_tileable(q: QTensor, last: Sequence[int], lane: int) -> bool:
+    lanes, terms = TILE
+    return (
+        reads_tiles()
+        and q.format.name in INT8
+        and q.zero_point is None
+        and all(q.scale.shape[a] == 1 for a in last)
+        and q.shape[lane] % lanes == 0
+        and q.shape[last[-1]] % terms == 0
+        and q.size > 0
+    )
 
 
 def decode(q: QTensor, dtype: DTypeLike) -> Float[Array, "*shape"]:

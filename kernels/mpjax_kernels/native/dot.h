@@ -22,6 +22,7 @@ inline constexpr int kStreamRows = 4;    // so many at most are multiplied by wh
 inline constexpr int kStreamTerms = 16;  // terms of that that are multiplied at once, at most
 inline constexpr int kPackLanes = 64;    // lanes that are packed at once: a cache line, if stored so
 inline constexpr int kTermsPerPack = 4;  // what is packed is a multiple of so many terms
+inline constexpr int kTileTerms = 4;     // of a tile: kColumns lanes of so many terms, as in a right panel
 inline constexpr int kLaneNumbers = 2;   // uint16 that a lane takes in each step
 
 // An 8-bit matrix in memory: entry (lane, term) is data[lane * lane_stride + term * term_stride],
@@ -99,6 +100,15 @@ struct DotKernels {
 
   // So many rows at most take less time by `multiply_unpacked` than packed; there with it.
   int64_t (*unpacked_rows)(int64_t terms);
+
+  // As `multiply`, of right panels that are stored in tiles: their bytes are as they are.
+  void (*multiply_tiles)(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
+                         int panels, int64_t steps, bool add, Sum* sums);
+
+  // sums[row * kWidth + column] = the products of kStreamRows rows at most, as they lie, and the columns of
+  // up to four panels that are stored in tiles. Null, as the one before, if there is no such way.
+  void (*multiply_tile_rows)(const Source& left, int64_t rows, const uint8_t* right,
+                             int64_t panel_bytes, int64_t panels, int64_t steps, Sum* sums);
 };
 
 // Unpacked, a row of int8 needs the numbers of a register to be added up for each column; packed, a

@@ -66,12 +66,24 @@ int64_t Operand::count() const {
   return count;
 }
 
+int64_t Operand::SizeOf(size_t axis, size_t in_tiles) const {
+  if (!this->in_tiles()) return sizes[rank() - axis];
+  return sizes[rank() - in_tiles] * sizes[rank() - in_tiles - 2];
+}
+
 std::string Operand::Refusal(const Family& family, const Dimensions& out, int64_t expected_lanes,
                              int64_t expected_terms) const {
   const std::string operand = name;
   const size_t batch = out.size() - 2;
   if (!family.has(type)) return operand + " is not " + family.formats;
-  if (rank() != out.size() || lanes() != expected_lanes || terms() != expected_terms ||
+  const bool is_int8_in_tiles = in_tiles() && IsInt8(type) && family.kernels().multiply_tiles;
+  if (in_tiles() && !is_int8_in_tiles) {
+    return operand + " is in tiles, which kernels of this instruction set and format do not read";
+  }
+  if (in_tiles() && (sizes[rank() - 2] != kColumns || sizes[rank() - 1] != kTileTerms)) {
+    return operand + " is in tiles of another size than 16 x 4";
+  }
+  if (rank() != out.size() + (in_tiles() ? 2 : 0) || lanes() != expected_lanes || terms() != expected_terms ||
       !Broadcasts(sizes, out, batch)) {
     return operand + " has a shape that does not go with the other operand and the result";
   }
@@ -97,13 +109,14 @@ Matrix Operand::At(const Dimensions& out, int64_t b) const {
   matrix.table = IsFloat8(type) ? &TableOf(type == ffi::F8E5M2) : nullptr;
   matrix.scale = static_cast<const float*>(scale) + of_scale * scales;
   matrix.scale_stride = scales == 1 ? 0 : 1;
+  matrix.in_tiles = in_tiles();
   return matrix;
 }
 
 std::string Refusal(const Family& family, const Operand& left, const Operand& right,
                     const ffi::AnyBuffer& out) {
   const auto shape = out.dimensions();
-  if (shape.size() < 2 || left.rank() != shape.size()) return "operands and result differ in rank";
+  if (shape.size() < 2 || left.rank() != shape.size() || left.in_tiles()) return "operands and result differ in rank";
   if (!IsReal(out.element_type())) return "the result is not float32, bfloat16 or float16";
   const int64_t rows = shape[shape.size() - 2], columns = shape[shape.size() - 1];
   const std::string wrong = left.Refusal(family, shape, rows, left.terms());

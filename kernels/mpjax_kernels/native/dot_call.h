@@ -24,7 +24,8 @@ struct Family {
 const DotKernels& Int8Kernels();
 bool IsInt8(xla::ffi::DataType type);
 
-// A stack of 8-bit matrices with their scales, [batch..., lanes] or [batch..., 1].
+// A stack of 8-bit matrices with their scales, [batch..., lanes] or [batch..., 1]. One with two more axes is
+// in tiles, [batch..., lanes / 16, terms / 4, 16, 4].
 struct Operand {
   const char* name;
   xla::ffi::DataType type;
@@ -42,8 +43,11 @@ struct Operand {
 
   int64_t count() const;  // of its numbers
   size_t rank() const { return sizes.size(); }
-  int64_t terms() const { return sizes[rank() - (terms_last ? 1 : 2)]; }
-  int64_t lanes() const { return sizes[rank() - (terms_last ? 2 : 1)]; }
+  bool in_tiles() const { return rank() == scale_sizes.size() + 3; }
+  int64_t terms() const { return SizeOf(terms_last ? 1 : 2, 1); }
+  int64_t lanes() const { return SizeOf(terms_last ? 2 : 1, 2); }
+  // That of an axis, counted from the end; of what is in tiles as if their terms came last.
+  int64_t SizeOf(size_t axis, size_t in_tiles) const;
 
   // What is wrong with it, or an empty string.
   std::string Refusal(const Family& family, const Dimensions& out, int64_t expected_lanes,

@@ -17,6 +17,7 @@
 
 #include "scratch.h"
 #include "stream.h"
+#include "tiles.h"
 
 namespace mpjax {
 namespace {
@@ -268,6 +269,7 @@ class Blocks {
 }  // namespace
 
 bool Compute(const DotKernels& kernels, Product product, Loop& loop) {
+  if (product.right.in_tiles) return MultiplyTiles(kernels, product, loop);
   if (IsStream(kernels, product)) return Stream(kernels, product, loop);
   // The right operand fills the vectors, so it is the one with more lanes.
   const bool swap = product.right.lanes < kColumns && product.left.lanes > product.right.lanes;

@@ -18,6 +18,9 @@ struct Matrix {
   const DecodeTable* table;  // of float8; null for int8
   const float* scale;    // of lane i: scale[i * scale_stride]
   int64_t scale_stride;  // 0 or 1
+  // Whether it lies in tiles of kColumns lanes by kTileTerms terms, [lanes / 16, terms / 4, 16, 4]: panels,
+  // one after the other. Then it has no strides.
+  bool in_tiles = false;
 };
 
 struct Product {

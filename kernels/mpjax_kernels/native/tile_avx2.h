@@ -22,6 +22,7 @@ struct Avx2 {
   static Type Load(const void* at) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(at));
   }
+  static Type LoadColumns(const void* at) { return Load(at); }
   static void Store(void* at, Type value) {
     _mm256_storeu_si256(static_cast<__m256i*>(at), value);
   }

@@ -19,6 +19,7 @@ struct Avx512 {
   static constexpr int kNumbers = 16;
   static Type Zero() { return _mm512_setzero_si512(); }
   static Type Load(const void* at) { return _mm512_loadu_si512(at); }
+  static Type LoadColumns(const void* at) { return Load(at); }
   static void Store(void* at, Type value) { _mm512_storeu_si512(at, value); }
   static Type Broadcast(int number) { return _mm512_set1_epi32(number); }
 };
@@ -148,29 +149,29 @@ struct AddPairs {
 };
 #endif
 
-template <typename Add, int Rows>
+template <typename V, typename Add, int Rows>
 void MultiplyRows(const uint16_t* left, const uint16_t* right, int64_t panel_stride, int panels,
                   int64_t steps, bool add, Sum* sums) {
   static_assert(kColumnPanels == 3, "one case per number of panels");
   switch (panels) {
     case 1:
-      return MultiplyPanels<Avx512, Add, Rows, 1>(LeftPanel{left}, right, panel_stride, steps, add, sums);
+      return MultiplyPanels<V, Add, Rows, 1>(LeftPanel{left}, right, panel_stride, steps, add, sums);
     case 2:
-      return MultiplyPanels<Avx512, Add, Rows, 2>(LeftPanel{left}, right, panel_stride, steps, add, sums);
+      return MultiplyPanels<V, Add, Rows, 2>(LeftPanel{left}, right, panel_stride, steps, add, sums);
     default:
-      return MultiplyPanels<Avx512, Add, Rows, 3>(LeftPanel{left}, right, panel_stride, steps, add, sums);
+      return MultiplyPanels<V, Add, Rows, 3>(LeftPanel{left}, right, panel_stride, steps, add, sums);
   }
 }
 
 // As many rows as there are, or a few more: up to 24 registers of sums.
-template <typename Add>
+template <typename Add, typename V = Avx512>
 void MultiplyTile(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
                   int panels, int64_t steps, bool add, Sum* sums) {
   static_assert(kRows == 8, "one case per number of rows");
-  const auto multiply = rows == 1   ? MultiplyRows<Add, 1>
-                        : rows == 2 ? MultiplyRows<Add, 2>
-                        : rows <= 4 ? MultiplyRows<Add, 4>
-                                    : MultiplyRows<Add, 8>;
+  const auto multiply = rows == 1   ? MultiplyRows<V, Add, 1>
+                        : rows == 2 ? MultiplyRows<V, Add, 2>
+                        : rows <= 4 ? MultiplyRows<V, Add, 4>
+                                    : MultiplyRows<V, Add, 8>;
   multiply(left, right, panel_stride, panels, steps, add, sums);
 }
 

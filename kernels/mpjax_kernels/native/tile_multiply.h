@@ -45,7 +45,7 @@ void MultiplyPanels(Left left, const uint16_t* right, int64_t panel_stride, int6
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const uint16_t* panel = right + v / kEach * panel_stride + step * kLaneNumbers * kColumns;
-      columns[v] = V::Load(panel + v % kEach * V::kNumbers * kLaneNumbers);
+      columns[v] = V::LoadColumns(panel + v % kEach * V::kNumbers * kLaneNumbers);
     }
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
