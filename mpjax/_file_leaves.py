@@ -3,7 +3,7 @@
 kind            arrays                            static
 array           value
 key             value: the key's data             impl
-qtensor         values, scale, zero_point         format, dtype, layout
+qtensor         values, scale, zero_point         format, dtype, layout, tiles
 prescaled       the same, pre_quant_scale         the same
 scaling_state   amax_history, scale, observed     recipe, format, of_gradient
 dict            none: it is empty
@@ -55,6 +55,8 @@ def take_apart(leaf: Any) -> LeafParts:
             raise TypeError(f"is a QTensor of logical dtype {leaf.dtype}, which safetensors lacks")
         layout = None if leaf.layout is None else list(leaf.layout)
         static = {"format": leaf.format.name, "dtype": leaf.dtype.name, "layout": layout}
+        if leaf.tiles:
+            static["tiles"] = [list(tile) for tile in leaf.tiles]
         is_prescaled = isinstance(leaf, PreScaledWeight)
         names += ["pre_quant_scale"] * is_prescaled
         kind = "prescaled" if is_prescaled else "qtensor"
@@ -99,10 +101,17 @@ def _key(value: Any, impl: str) -> Any:
 
 
 def _qtensor(
-    values: Any, scale: Any, format: str, dtype: str, layout: Any, zero_point: Any = None
+    values: Any,
+    scale: Any,
+    format: str,
+    dtype: str,
+    layout: Any,
+    zero_point: Any = None,
+    tiles: Any = (),
 ) -> mk.QTensor:
     layout = None if layout is None else tuple(layout)
-    q = mk.QTensor(values, scale, BY_NAME[dtype], zero_point, layout)
+    tiles = tuple(map(tuple, tiles))
+    q = mk.QTensor(values, scale, BY_NAME[dtype], zero_point, layout, tiles)
     mk.validate(q)
     if q.format.name != format:
         raise ValueError(f"values of {values.dtype} are said to be {format}")

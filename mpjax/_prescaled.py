@@ -60,6 +60,11 @@ class PreScaledWeight:
         return self.quantized.layout
 
     @property
+    def tiles(self) -> Any:
+        """As the QTensor's."""
+        return self.quantized.tiles
+
+    @property
     def stored_axes(self) -> tuple[int, ...]:
         """As the QTensor's."""
         return self.quantized.stored_axes

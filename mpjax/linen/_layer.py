@@ -81,12 +81,12 @@ class Layer:
         return variable
 
     def _ordered_as_stored(self, name: str, init_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Flax compares the shape that `init_fn` gives with that of the stored values."""
+        """Flax compares the shape that `init_fn` gives, and no more, with that of the values."""
         stored = meta.unbox(self.module.get_variable("params", name))
         if not is_stored(stored) or stored.layout is None:
             return init_fn
-        transpose = functools.partial(jnp.transpose, axes=stored.stored_axes)
-        return lambda *args, **kwargs: jax.tree.map(transpose, init_fn(*args, **kwargs))
+        shaped = functools.partial(jnp.reshape, shape=stored.values.shape)
+        return lambda *args, **kwargs: jax.tree.map(shaped, init_fn(*args, **kwargs))
 
     def _observe(self, name: str, value: Any) -> None:
         frame = active.value

@@ -50,6 +50,7 @@ class _PerArray:
         of_scale = of(q.scale.shape)
         lead = q.ndim - len(q.layout or ())
         stored = (*names[:lead], *(names[axis] for axis in q.layout or ()))
+        stored += (None,) * len(q.tiles)
         arrays = {"values": stored, "scale": of_scale, "zero_point": of_scale}
         is_prescaled = isinstance(q, PreScaledWeight)
         if is_prescaled:

@@ -26,7 +26,7 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_donated, check_finite, quantize_weight, release
+from .._quantize import check_donated, check_finite, packed, quantize_weight, release
 from .._stored import CannotStoreError, stored_of
 from ._calibrate import calibrate, refuse_mutable, with_scales
 from ._partitioned import boxed_like
@@ -41,6 +41,7 @@ def quantize(
     variables: Any,
     *args: Any,
     donate: bool = False,
+    prepack: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
@@ -61,13 +62,14 @@ def quantize(
     check_reached(model, variables["params"], observation)
     _set_aside(observation)
     if observation.products:  # all that shapes can tell, before any work
-        stored = jax.eval_shape(lambda shapes: _store(None, model, shapes, observation)[0], shapes)
+        store = functools.partial(_store, None, model, observation=observation, prepack=prepack)
+        stored = jax.eval_shape(lambda shapes: store(shapes)[0], shapes)
         _check_applies(model, stored, *args, **kwargs)
     if donate:
         _check_before_donation(variables, observation)
     if calibration is not None and observation.products:
         calibrated = calibrate(calibration, batches, model, variables, observation)
-    quantized, report = _store(calibrated, model, variables, observation, donate)
+    quantized, report = _store(calibrated, model, variables, observation, donate, prepack)
     return freeze(quantized) if is_frozen else quantized, report
 
 
@@ -77,13 +79,14 @@ def _store(
     variables: Any,
     observation: Observation,
     donate: bool = False,
+    prepack: bool = False,
 ) -> tuple[Any, QuantizationReport]:
     """The variables with stored weights, one made after the other, and the report."""
     params, rows = unfreeze(variables["params"]), {}
     for path, product in observation.products.items():
         name = _name(path, product)
         policy = observation.policies[path]
-        rows[name] = _replace(calibrated, params, path, product, policy, name, donate)
+        rows[name] = _replace(calibrated, params, path, product, policy, name, donate, prepack)
     for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored):
         name = join(("params", *(str(key.key) for key in path if hasattr(key, "key"))))
         rank = observation.ranks.get(name.removeprefix("params/"), len(np.shape(leaf)))
@@ -217,6 +220,7 @@ def _replace(
     policy: DTypePolicy,
     name: str,
     donate: bool,
+    prepack: bool,
 ) -> QuantizedWeight:
     """Stores one weight as its policy asks, in place; the row that says so, or why not."""
     owner = _owner(params, path)
@@ -235,6 +239,7 @@ def _replace(
         quantized, rounding = round_weight(calibrated, name, weight, plain)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
+    quantized = packed(quantized, stored, product) if prepack else quantized
     owner[product.name] = boxed_like(boxed, quantized)
     row = quantized_weight(name, weight, quantized, rounding)
     if donate:

@@ -28,7 +28,14 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
+from .._quantize import (
+    check_donated,
+    check_finite,
+    check_storable,
+    packed,
+    quantize_weight,
+    release,
+)
 from .._roofline import ProductSize, why_plain
 from .._stored import CannotStoreError, Stored, stored_of
 from ._calibrate import calibrate, check_runs, scales_of, scaling_of
@@ -45,6 +52,7 @@ def quantize(
     weights: Any = None,
     *args: Any,
     donate: bool = False,
+    prepack: bool = False,
     rows: int | None = None,
     **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
@@ -91,6 +99,7 @@ def quantize(
         for plan in plans:
             value = given.pop(plan.path, plan.weight.get_raw_value())
             quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
+            quantized = packed(quantized, plan.stored, plan.product) if prepack else quantized
             report[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
             if donate:
                 release(value)
