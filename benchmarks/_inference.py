@@ -85,7 +85,7 @@ def plain(dtype: Any, case: Case) -> Program:
 
 
 def ours(policy: str, case: Case) -> Program:
-    """The wrapped model, its weights quantized if the policy quantizes."""
+    """The wrapped model, its weights quantized if the policy quantizes; on CPUs prepacked."""
     whole = mp.get_policy(policy)
     if not isinstance(whole, mp.QuantizedDTypePolicy):
         return case.program(mp.wrap(case.model(), whole).apply, case.variables())
@@ -93,9 +93,8 @@ def ours(policy: str, case: Case) -> Program:
     layers: dict[str, Any] = {path: whole.source_name for path in left}
     model = mp.wrap(case.model(), mp.DTypePolicyMap(whole, layers))
     mutable: dict[str, Any] = {"mutable": ["cache"]} if isinstance(case, Decode) else {}
-    quantized, report = mp.quantize(
-        model, case.variables(), *case.example(), return_report=True, **mutable
-    )
+    options = {"return_report": True, "prepack": jax.default_backend() == "cpu"}
+    quantized, report = mp.quantize(model, case.variables(), *case.example(), **options, **mutable)
     if report.left and "int4" not in policy:
         raise ValueError(f"not everything is quantized: {report}")
     return case.program(model.apply, quantized)

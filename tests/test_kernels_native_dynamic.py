@@ -42,7 +42,7 @@ def calls(function, *args):
 SIZES = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 127, 191, 257]))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     rows=st.integers(0, 20),
     terms=SIZES,

@@ -1,6 +1,7 @@
 """The public product: one contract, several implementations of it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,28 +21,33 @@ from ._qtensor import QTensor
 from ._storage import as_stored
 
 
-def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of operands in no tiles."""
-    return partial(_call_whole, function)
+def _of_whole(module: Any, *platforms: str) -> Implementation:
+    """One whose operands are in no tiles."""
+    refusal, run = partial(_refusal, module.refusal), partial(_run, module.dot_general)
+    return Implementation(refusal, run, platforms)
 
 
-def _call_whole(
-    function: Callable[..., Any], lhs: Operand, rhs: Operand, *static: Any, **options: Any
-) -> Any:
-    whole = (as_stored(o) if isinstance(o, QTensor) else o for o in (lhs, rhs))
-    return function(*whole, *static, **options)
+def _refusal(function: Callable[..., str | None], *operands: Any) -> str | None:
+    shapes = (jax.eval_shape(as_stored, o) if _in_tiles(o) else o for o in operands)
+    return function(*shapes)
+
+
+def _run(function: Callable[..., Array], *operands: Any, **options: Any) -> Array:
+    return function(*(as_stored(o) if _in_tiles(o) else o for o in operands), **options)
+
+
+def _in_tiles(operand: Any) -> bool:
+    return isinstance(operand, QTensor) and bool(operand.tiles)
 
 
 # In the order they are tried when none is named. The last one takes everything.
 IMPLEMENTATIONS = {
     "native": Implementation(_native.refusal, _native.dot_general, ("cpu",), is_native=True),
-    "tpu": Implementation(
-        _whole(_tpu.refusal), _whole(_tpu.dot_general), ("tpu",), is_native=True, tuned=_tpu.tuned
-    ),
-    "cpu": Implementation(_whole(_cpu.refusal), _whole(_cpu.dot_general), ("cpu",)),
-    "gpu": Implementation(_whole(_gpu.refusal), _whole(_gpu.dot_general), ("cuda",)),
-    "xla": Implementation(_whole(_xla.refusal), _whole(_xla.dot_general)),
-    "reference": Implementation(_whole(_reference.refusal), _whole(_reference.dot_general)),
+    "tpu": replace(_of_whole(_tpu, "tpu"), is_native=True, tuned=_tpu.tuned),
+    "cpu": _of_whole(_cpu, "cpu"),
+    "gpu": _of_whole(_gpu, "cuda"),
+    "xla": _of_whole(_xla),
+    "reference": _of_whole(_reference),
 }
 # Those that XLA can differentiate: linear in an array beside a QTensor, in every bit.
 _LINEAR = ("xla", "reference")
