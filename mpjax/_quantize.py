@@ -111,12 +111,11 @@ def quantize(
       donate: whether the buffers of float weights are deleted as soon as they are quantized (all
         are checked first), whoever else holds them: `variables` cannot be used any more. NumPy
         arrays and what is traced stay.
-      prepack: whether weights are stored as products on the device at hand read them fastest, which
-        helps where calls have few rows. On CPUs and GPUs the inputs of an output lie next to each
-        other, and on CPUs whose native kernels read them so int8 by int8 lies in their tiles
-        (`mpjax_kernels.prepacked`). Results are the same. For that device alone: elsewhere, and
-        exported, a weight is put in order at every call. Convolutions, tables of embeddings and
-        weights that are split over devices stay as they are.
+      prepack: whether int8 weights that are multiplied by int8 are stored as the native kernels of
+        this machine's CPU read them (`mpjax_kernels.prepacked`), which saves most where calls have
+        few rows. Results are the same. It is for this CPU alone: elsewhere, and exported, a weight
+        is put in order at every call. Other weights, those of convolutions, tables of embeddings
+        and what is split over devices stay as they are, as does everything on GPUs and TPUs.
       **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...). NNX:
         `rows=`, how many rows (tokens) of input a call has, by which a model that was wrapped with
         `when="profitable"` judges its layers, as a Linen model does by `x`; left out: very many.
@@ -222,25 +221,26 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
 def packed(
     weight: mk.QTensor | PreScaledWeight, stored: Stored, product: Product
 ) -> mk.QTensor | PreScaledWeight:
-    """A stored weight as its products read it fastest on the device at hand."""
-    if jax.default_backend() == "tpu" or product.is_conv or product.name == "embedding":
+    """A stored weight as its products read it fastest on the CPU at hand."""
+    by_int8 = stored.activation is not None and stored.activation.format == "int8"
+    is_read_so = by_int8 and stored.format == "int8" and not product.is_conv
+    if jax.default_backend() != "cpu" or not is_read_so or product.name == "embedding":
         return weight
     values = weight.values
     if not isinstance(values, Tracer | jax.ShapeDtypeStruct) and len(values.devices()) > 1:
         return weight
-    by_int8 = stored.activation is not None and stored.activation.format == "int8"
     stacked = weight.ndim - len(product.shape)
     axes = tuple(stacked + axis for axis in product.contracting)
-    return jax.block_until_ready(_packed(weight, axes, by_int8))
+    return jax.block_until_ready(_packed(weight, axes))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=1)
 def _packed(
-    weight: mk.QTensor | PreScaledWeight, axes: tuple[int, ...], in_tiles: bool
+    weight: mk.QTensor | PreScaledWeight, axes: tuple[int, ...]
 ) -> mk.QTensor | PreScaledWeight:
     if isinstance(weight, PreScaledWeight):
-        return dataclasses.replace(weight, quantized=_packed(weight.quantized, axes, in_tiles))
-    return (mk.prepacked if in_tiles else mk.contiguous)(weight, axes)
+        return dataclasses.replace(weight, quantized=_packed(weight.quantized, axes))
+    return mk.prepacked(weight, axes)
 
 
 def check_storable(
