@@ -103,7 +103,7 @@ NAMES += ("onnxruntime", "onnxruntime_float32", "mpjax_xla")
 
 
 def ours(fmt: Format, x: np.ndarray, w: np.ndarray, implementation: str | None = None) -> Program:
-    """A product as a layer calls it, its weights stored once for every M: as [N, K], w8a8 packed."""
+    """A product as a layer calls it, its weights stored once for every M: [N, K], w8a8 packed."""
     weights = mk.quantize(jnp.asarray(w, fmt.dtype), fmt.weights, axis=0, group_size=fmt.group_size)
     is_packed = fmt.weights == fmt.activations == "int8"
     weights = (mk.prepacked if is_packed else mk.contiguous)(weights, axis=0)

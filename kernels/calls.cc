@@ -17,7 +17,9 @@
 extern "C" XLA_FFI_Error* mpjax_int8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_float8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_weight_dot(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* mpjax_dynamic_int8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_quantize(XLA_FFI_CallFrame*);
+extern "C" const char* mpjax_native_isa();
 
 // What stands for XLA's threads; the context of a call is its pool, or null for one thread.
 struct XLA_FFI_ExecutionContext {
@@ -155,6 +157,25 @@ Call Product(Handler handler, XLA_FFI_DataType type, int64_t m, int64_t k, int64
           {{"lhs_terms_last", true}, {"rhs_terms_last", last}}};
 }
 
+// The right operand in tiles of 16 x 4.
+std::vector<int64_t> InTiles(int64_t k, int64_t n) { return {1, n / 16, k / 4, 16, 4}; }
+
+Call OfTiles(int64_t m, int64_t k, int64_t n) {
+  Call call = Product(mpjax_int8_dot, XLA_FFI_DataType_S8, m, k, n, true);
+  call.in[1] = Random(XLA_FFI_DataType_S8, InTiles(k, n), false, 2);
+  return call;
+}
+
+// Rows that are quantized in the call.
+Call Dynamic(int64_t m, int64_t k, int64_t n, std::vector<int64_t> right, bool last) {
+  return {mpjax_dynamic_int8_dot,
+          {Random(XLA_FFI_DataType_F32, {1, m, k}, true, 1),
+           Random(XLA_FFI_DataType_S8, std::move(right), false, 2),
+           Random(XLA_FFI_DataType_F32, {1, n}, true, 3)},
+          {Random(XLA_FFI_DataType_F32, {1, m, n}, true, 4)},
+          {{"rhs_terms_last", last}}};
+}
+
 Call Weighed(XLA_FFI_DataType type, int64_t m, int64_t k, int64_t n, bool last) {
   return {mpjax_weight_dot,
           {Random(XLA_FFI_DataType_F32, {1, m, k}, true, 1),
@@ -183,10 +204,17 @@ int main() {
     for (const bool last : {true, false}) {
       calls.push_back(Product(mpjax_int8_dot, XLA_FFI_DataType_S8, m, 811, 1301, last));
       calls.push_back(Product(mpjax_float8_dot, XLA_FFI_DataType_F8E4M3FN, m, 811, 1301, last));
+      calls.push_back(Dynamic(m, 811, 1301, {1, last ? 1301 : 811, last ? 811 : 1301}, last));
       calls.push_back(Weighed(XLA_FFI_DataType_S8, m, 812, 1301, last));
       calls.push_back(Weighed(XLA_FFI_DataType_S4, m, 812, 1302, last));
       calls.push_back(Weighed(XLA_FFI_DataType_F8E5M2, m, 812, 1301, last));
     }
+  }
+  const bool reads_tiles = std::strncmp(mpjax_native_isa(), "avx512", 6) == 0;
+  for (const int64_t m : {1, 2, 3, 4, 9, 70, 300}) {
+    if (!reads_tiles) break;
+    calls.push_back(OfTiles(m, 812, 1296));
+    calls.push_back(Dynamic(m, 812, 1296, InTiles(812, 1296), false));
   }
   calls.push_back(Weighed(XLA_FFI_DataType_S8, 400, 808, 200, true));  // rows converted by several
   calls.push_back(Cast(XLA_FFI_DataType_S8, 300, 800, 300));
