@@ -59,9 +59,8 @@ def quantize(
     accumulate in int32, float8 in float32. No float copy of a quantized weight is kept.
 
     Weights are quantized one after the other, so that beside the float weights and the result
-    memory holds one layer. Less is needed where the floats go as they are quantized: they are the
-    NNX model's alone, or are donated (float weights plus one layer); or are still on disk
-    (quantized weights plus one layer):
+    memory holds one layer. Less is needed where the floats go as they are quantized: they are
+    donated (float weights plus one layer), or still on disk (quantized weights plus one layer):
 
         qvars = mp.quantize(model, {"params": mp.open_weights("model.safetensors")}, x)
 
@@ -108,15 +107,17 @@ def quantize(
         it is stored, or why it was left. Without it, weights that were left although their policy
         quantizes them are warned of.
       donate: whether the buffers of float weights are deleted as soon as they are quantized (all
-        are checked first), whoever else holds them: `variables` cannot be used any more. NumPy
-        arrays and what is traced stay.
+        are checked first), whoever else holds them: `variables` cannot be used any more, and an NNX
+        model that is stopped half-way (Ctrl-C, no memory) stays half quantized. NumPy arrays and
+        what is traced stay.
       **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...). NNX:
         `rows=`, how many rows (tokens) of input a call has, by which a model that was wrapped with
         `when="profitable"` judges its layers, as a Linen model does by `x`; left out: very many.
 
     Returns:
       Linen: new variables of the same structure, with `QTensor`s in place of the weights.
-      NNX: the same model, its weights replaced in place.
+      NNX: the same model, its weights replaced in place, all of them once the last is quantized:
+        whatever stops it before that, Ctrl-C too, leaves the model as it was (see `donate`).
       With `return_report=True`, a pair of that and the `QuantizationReport`.
 
     Raises:

@@ -20,7 +20,6 @@ from .._conv_transpose import QuantizedConvTranspose
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
-from .._prescaled import is_stored
 from .._products import QuantizedDotGeneral, QuantizedEinsum
 from .._quantization_report import (
     QuantizationReport,
@@ -86,24 +85,21 @@ def quantize(
     calibrated = None
     if calibration is not None and plans:
         calibrated = _calibrated(calibration, model, plans, kwargs)
+    goes = donate and weights is None  # each float weight as it is quantized; else none before all
     made: dict[str, Any] = {}
-    with _half_done(model, plans):
+    with _half_done(model, made if goes else {}, len(plans)):
         for plan in plans:
             value = given.pop(plan.path, plan.weight.get_raw_value())
             quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
             report[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
+            if goes:
+                plan.weight.set_raw_value(quantized)
+            made[plan.path] = quantized
             if donate:
                 release(value)
-            if weights is None:
-                plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
-            else:
-                made[plan.path] = quantized  # a file that turns out damaged leaves it too
-    if calibrated is not None:
-        stored_as = {plan.path: plan.weight.get_raw_value() for plan in plans}
-        scales = scales_of(calibrated, stored_as)
-        for path, variable in scaling_of(model).items():
-            variable.set_raw_value(scales[path])
-    put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
+        scales = {} if calibrated is None else scales_of(calibrated, made)
+        rest = {path: on_device(value) for path, value in given.items()}
+    put_values(model, {**rest, **made, **scales})
     return model, QuantizationReport(tuple(report))
 
 
@@ -138,17 +134,17 @@ def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donat
 
 
 @contextlib.contextmanager
-def _half_done(model: nnx.Module, plans: Sequence["_Plan"]) -> Iterator[None]:
-    """Whatever stops the work says which weights have changed, whose floats may be gone."""
+def _half_done(model: nnx.Module, done: Mapping[str, Any], of: int) -> Iterator[None]:
+    """Whatever stops the work says which weights have changed, whose floats are gone."""
     try:
         yield
     except BaseException as error:
-        done = [p.path for p in plans if is_stored(p.weight.get_raw_value())]
         if done:
             error.add_note(
-                f"mp.quantize stopped after {len(done)} of {len(plans)} weights of this "
-                f"{type(model).__name__}, the last of them {done[-1]!r}, which stay quantized: "
-                "make the model anew from its float weights"
+                f"mp.quantize(..., donate=True) stopped after {len(done)} of {of} weights of this "
+                f"{type(model).__name__}, the last of them {list(done)[-1]!r}, which stay "
+                "quantized: make the model anew from its float weights. Without donate=True a "
+                "model stays as it was"
             )
         raise
 
