@@ -30,7 +30,7 @@ from .._quantization_report import (
 from .._quantize import check_donated, check_finite, check_storable, quantize_weight, release
 from .._roofline import ProductSize, why_plain
 from .._stored import CannotStoreError, Stored, stored_of
-from ._calibrate import calibrate, check_runs, scales_of, scaling_of
+from ._calibrate import calibrate, check_runs, scales_of
 from ._given import given_values, put_values
 from ._rules import NORMS
 from ._wrap import author_dtype
