@@ -126,7 +126,8 @@ def quantize(
         opened file lacks a weight, or has one that the model has not. Of `calibration`: it is
         empty, has a batch without rows or with a NaN, or makes one in a layer (batch, layer and
         operand are named), nothing needs it, or it is needed and missing; a `method` is unknown,
-        ambiguous or not the policy's. Nothing is changed then.
+        ambiguous or not the policy's. `rows` is no number of rows; or a Linen call has none, where
+        the model was wrapped with `when="profitable"`. Nothing is changed then.
       ModelFileError: a file of weights is damaged, or has changed since it was opened.
       TypeError: `model` is not a Flax module, arguments are missing, or `calibration` or `observer`
         is something else.
@@ -204,8 +205,7 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
             "trace mp.quantize by jax.eval_shape"
         )
     array = jnp.asarray(in_memory(weight))
-    if not isinstance(array, Tracer):
-        check_finite(array, path)
+    check_finite(array, path)
     q = _stored(array, stored.format, axis, group_size, stored.symmetric)
     # Waited for, so that no two layers are in memory at once.
     return jax.block_until_ready(_placed_like(array, q, path))
@@ -244,12 +244,14 @@ def check_finite(weight: Any, path: str) -> None:
     """Raises ValueError if a float weight that is in memory holds a NaN or an infinity."""
     if isinstance(weight, LazyArray | Tracer | jax.ShapeDtypeStruct) or is_stored(weight):
         return
-    if not jnp.isfinite(_nan_of(jnp.asarray(weight))):
+    with jax.ensure_compile_time_eval():  # values are there, also while a function is traced
+        if jnp.isfinite(_nan_of(jnp.asarray(weight))):
+            return
         bad = int(_non_finite(jnp.asarray(weight)))
-        raise ValueError(
-            f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
-            "like that cannot be quantized: restore it from a checkpoint before they appeared"
-        )
+    raise ValueError(
+        f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
+        "like that cannot be quantized: restore it from a checkpoint before they appeared"
+    )
 
 
 def check_donated(weights: Mapping[str, Any], tree: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from .._stored import CannotStoreError, Stored, stored_of
 from ._calibrate import calibrate, check_runs, scales_of
 from ._given import given_values, put_values
 from ._rules import NORMS
+from ._states import outside_of_traces
 from ._wrap import author_dtype
 
 _MANY = 2**20  # rows of an input, where a call says nothing of them: the weight hardly counts
@@ -62,6 +64,7 @@ def quantize(
             "`calibration` runs the model, which has no weights yet: give them to it first, or "
             "leave one of `calibration` and the weights out"
         )
+    rows = _MANY if rows is None else _checked(rows)
     given = {} if weights is None else given_values(model, weights)
     report: list[QuantizedWeight] = []
     plans: list[_Plan] = []
@@ -87,7 +90,7 @@ def quantize(
         calibrated = _calibrated(calibration, model, plans, kwargs)
     goes = donate and weights is None  # each float weight as it is quantized; else none before all
     made: dict[str, Any] = {}
-    with _half_done(model, made if goes else {}, len(plans)):
+    with outside_of_traces("mp.quantize"), _half_done(model, made if goes else {}, len(plans)):
         for plan in plans:
             value = given.pop(plan.path, plan.weight.get_raw_value())
             quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
@@ -99,8 +102,22 @@ def quantize(
                 release(value)
         scales = {} if calibrated is None else scales_of(calibrated, made)
         rest = {path: on_device(value) for path, value in given.items()}
-    put_values(model, {**rest, **made, **scales})
+        put_values(model, {**rest, **made, **scales})
     return model, QuantizationReport(tuple(report))
+
+
+def _checked(rows: Any) -> int:
+    """How many rows a call has, if it is a number of rows."""
+    try:
+        number = operator.index(rows)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(
+            f"`rows` is how many rows of input a call of the model has, at least 1. Received: "
+            f"rows={rows!r}; left out, they are very many"
+        )
+    return number
 
 
 def _calibrated(
@@ -212,9 +229,7 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
     return Product(name, shape[len(shape) - ndim :], contracting, is_conv, batch), stored, ""
 
 
-def _why_plain(
-    layer: Any, product: Product, stored: Stored, value: Any, rows: int | None
-) -> str | None:
+def _why_plain(layer: Any, product: Product, stored: Stored, value: Any, rows: int) -> str | None:
     """Why a weight is not worth storing for so many rows of its layer's input, if it is not."""
     policy = getattr(type(layer), POLICY)
     if policy.profitable_on is None or stored.activation is None or isinstance(layer, nnx.Embed):
@@ -223,7 +238,6 @@ def _why_plain(
     terms = math.prod(shape[axis] for axis in summed)
     window = math.prod(shape[axis] for axis in summed[:-1]) if product.is_conv else 1
     batch = math.prod(shape[axis] for axis in product.batch)
-    rows = _MANY if rows is None else rows
     weight = math.prod(shape)
     size = ProductSize(rows * batch * terms // window, weight, rows * weight // terms, terms)
     return why_plain(
