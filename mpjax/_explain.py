@@ -46,6 +46,7 @@ def explain(
       ImportError: the target's compiler is not installed; the message names the extra.
       NotImplementedError: there is no compiler for this target here, or an argument is split over
         several devices.
+      RuntimeError: another process holds the lock of the TPU compiler; the message says which file.
       TypeError: `fn` cannot be called.
       ValueError: no target has this name.
     """

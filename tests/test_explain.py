@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mpjax as mp
+from mpjax import _compile_target
+from mpjax._cli import main
 from mpjax._compile_target import Compiled
 from mpjax._explain import explanation_of
 from mpjax_kernels import _native_weight
@@ -212,6 +214,37 @@ def test_attention_has_no_weight_that_could_be_stored_in_it():
     assert len(found.products) == 6 and len(inside) == 2
     assert all(row.reason == "" and not row.quantizes_weight for row in inside)
     found.assert_quantized(1.0, stored=True)
+
+
+# What libtpu says where another process has loaded it.
+LOCKED = (
+    "ABORTED: Internal error when accessing libtpu multi-process lockfile. "
+    'Run "$ sudo rm /tmp/libtpu_lockfile".'
+)
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(LOCKED)
+
+    monkeypatch.setattr(_compile_target.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name in (*_compile_target._NO_HOST, "LIBTPU_INIT_ARGS"):  # are restored afterwards
+        monkeypatch.setenv(name, "1")
+
+
+def test_the_lock_of_the_tpu_compiler_is_named_with_the_remedy(locked):
+    match = r"'v6e', because another.*holds its lock, /tmp/libtpu_lockfile .*MULTIPLE_LIBTPU_LOAD=1"
+    with pytest.raises(RuntimeError, match=match):
+        mp.explain(lambda x: x, X, target="v6e")
+
+
+def test_the_command_names_the_lock_too(locked, tmp_path, monkeypatch, capsys):
+    (tmp_path / "locked_program.py").write_text("def program():\n    return abs, (1.0,)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["explain", "locked_program:program", "--target", "v6e"]) == 2
+    assert "holds its lock, /tmp/libtpu_lockfile" in capsys.readouterr().err
 
 
 CONVOLUTIONS = [

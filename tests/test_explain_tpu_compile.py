@@ -120,3 +120,11 @@ def test_the_compiler_survives_causal_attention_on_v5e():
     command = [sys.executable, "-c", CAUSAL]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
+
+
+def test_the_compiler_says_nothing_of_a_host_that_it_needs_not():
+    ours = {"PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH"}
+    environment = {k: v for k, v in os.environ.items() if k in ours} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", CAUSAL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n", "")
