@@ -64,6 +64,7 @@ def export(
     _check(platforms, weights)
     _require_flatbuffers()
     function, tree, inputs = wrapped_adapter_of(model).as_function(model, *args)
+    called = type(model).__name__  # in messages of JAX, and in the program
     arrays = {name: x for name, x in kwargs.items() if _is_array(x)}
     fixed = {name: x for name, x in kwargs.items() if name not in arrays}
     if weights == "inside":
@@ -71,6 +72,7 @@ def export(
         def inside(*args: Any, **arrays: Any) -> Any:
             return function(tree, *args, **arrays, **fixed)
 
+        inside.__name__ = called
         return _serialized(inside, platforms, *inputs, **arrays)
     leaves, structure = jax.tree.flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -79,6 +81,7 @@ def export(
         tree = jax.tree.unflatten(structure, [weights[name] for name in named])
         return function(tree, *args, **arrays, **fixed)
 
+    beside.__name__ = called
     return _serialized(beside, platforms, named, *inputs, **arrays), named
 
 

@@ -32,7 +32,8 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
 
     The file is a safetensors file, with a header that tells what each array is and has a checksum
     of it. int4 takes half a byte per value. It takes the place of one at `path` once it is whole
-    and on disk; the host holds one array of the model at a time.
+    and on disk (until then, and if the process is killed, it is `.<name>.<random>.tmp` beside it);
+    the host holds one array of the model at a time.
 
     Args:
       path: of the file.
@@ -52,7 +53,8 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
       ValueError: the tree is empty or too deep, two leaves have the same path, an array is spread
         over several processes, or the NNX model is not wrapped, or with another policy; or a weight
         is stored in another format than its policy asks for.
-      OSError: the file cannot be written; what was at `path` is still there.
+      OSError: the file cannot be written, its disk is full perhaps; what was at `path` is still
+        there.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`path` is a {type(path).__name__}: call mp.save(path, tree)")

@@ -193,6 +193,15 @@ def test_an_artifact_that_jax_cannot_read_is_not_called_damaged(monkeypatch):
         mp.load_exported(blob)
 
 
+@pytest.mark.parametrize("weights", ["inside", "beside"])
+def test_the_program_is_called_like_the_model(weights):
+    model, variables = quantized("int8")
+    made = mp.export(model, variables, X, platforms=("tpu",), weights=weights)
+    blob, given = (made, ()) if weights == "inside" else (made[0], (made[1],))
+    with pytest.raises(ValueError, match="Function 'Net' was exported for platforms"):
+        mp.load_exported(blob)(*given, X)
+
+
 def test_bad_arguments_are_named_before_any_work():
     model, variables = quantized("int8")
     for platforms in ("tpu", (), ("gpu",), ("cpu", "v6e")):

@@ -1,5 +1,6 @@
 """`mp.save` and `mp.load`: bit for bit, straight to the devices, whole or not at all."""
 
+import errno
 import json
 import os
 import signal
@@ -537,6 +538,32 @@ def test_the_cache_of_an_nnx_model_is_loaded_too(tmp_path):
         attention("float8"), path, r"cached_key: QTensor\(int8.* in the file, QTensor\(float8"
     )
     unchanged(attention(None), path, r"cached_key: QTensor\(int8.* in the file, float32")
+
+
+@pytest.mark.parametrize("given", [None, b"model", {"params": 1}, 7])
+def test_what_is_no_path_is_said_to_be_none(given):
+    match = f"is a {type(given).__name__}, but should be a path: a str or a pathlib.Path"
+    for load in (mp.load, mp.load_policy, mp.load_safetensors, mp.open_weights):
+        with pytest.raises(TypeError, match=f"`path` {match}"):
+            load(given)
+    for call in (mp.latest_step, lambda path: mp.restore_checkpoint(path, {})):
+        with pytest.raises(TypeError, match=f"`directory` {match}"):
+            call(given)
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_was_there_stays(tmp_path, monkeypatch):
+    path = mp.save(tmp_path / "m", {"a": jnp.zeros(3)})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
+        patch.setattr(os, "fsync", full)
+        mp.save(path, {"a": jnp.ones(3)})
+    assert error.value.__notes__ == [
+        f"{path} could not be written; what was there before is as it was"
+    ]
+    assert mp.load(path)["a"].tolist() == [0, 0, 0] and os.listdir(tmp_path) == ["m"]
 
 
 def rewritten(path, change):
