@@ -535,6 +535,19 @@ def test_nnx_with_variables(function, message, arguments):
         function(model, *arguments)
 
 
+@pytest.mark.parametrize(
+    "keyword, meant", [("row", "rows"), ("calibrations", "calibration"), ("x", None)]
+)
+def test_nnx_with_a_misspelt_keyword(keyword, meant):
+    model = mp.wrap(net("nnx"), INT8)
+    match = (
+        f"an NNX model takes no `{keyword}`, but calibration, method, .*rows; and what its calls"
+    )
+    with unchanged(model), pytest.raises(TypeError, match=match) as error:
+        mp.quantize(model, **{keyword: 1})
+    assert str(error.value).endswith(f"did you mean `{meant}`?" if meant else "a calibration")
+
+
 # -- quantized variables under another policy
 
 

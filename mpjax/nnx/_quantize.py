@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from ._rules import NORMS
 from ._states import outside_of_traces
 from ._wrap import author_dtype
 
+_KEYWORDS = ("calibration", "method", "observer", "progress", "return_report", "donate", "rows")
 _MANY = 2**20  # rows of an input, where a call says nothing of them: the weight hardly counts
 
 
@@ -50,11 +52,9 @@ def quantize(
     **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if (
-        args
-        or (kwargs and calibration is None)
-        or not (weights is None or isinstance(weights, Mapping))
-    ):
+    if kwargs and calibration is None:
+        raise TypeError(_unknown(kwargs))
+    if args or not (weights is None or isinstance(weights, Mapping)):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
             "nothing else, or with nested dicts of the weights to give it"
@@ -104,6 +104,17 @@ def quantize(
         rest = {path: on_device(value) for path, value in given.items()}
         put_values(model, {**rest, **made, **scales})
     return model, QuantizationReport(tuple(report))
+
+
+def _unknown(kwargs: Mapping[str, Any]) -> str:
+    """What is wrong with keyword arguments of no model's call."""
+    name = next(iter(kwargs))
+    nearest = difflib.get_close_matches(name, _KEYWORDS, n=1)
+    meant = f"; did you mean `{nearest[0]}`?" if nearest else ""
+    return (
+        f"mp.quantize of an NNX model takes no `{name}`, but {', '.join(_KEYWORDS)}; and what its "
+        f"calls take where there is a calibration{meant}"
+    )
 
 
 def _checked(rows: Any) -> int:
