@@ -76,8 +76,8 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def _missing(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """What a model's method takes, if these arguments are not that."""
-    method: Callable[..., Any] | str = kwargs.get("method") or "__call__"
-    method = getattr(type(model), method) if isinstance(method, str) else method
+    called = kwargs.get("method") or "__call__"
+    method: Callable[..., Any] = getattr(type(model), called) if isinstance(called, str) else called
     signature = inspect.signature(getattr(method, "__func__", method))
     given = {name: value for name, value in kwargs.items() if name not in _OF_APPLY}
     try:
