@@ -69,7 +69,7 @@ CASES = {
         *(Case("linen", m, s) for m in BYTES for s in ("memory", "donated", "safetensors")),
         Case("linen", "int8", "orbax"),
         Case("linen", "int8", "saved file"),
-        *(Case("nnx", "int8", s) for s in ("memory", "safetensors")),
+        *(Case("nnx", "int8", s) for s in ("memory", "donated", "safetensors")),
     )
 }
 
@@ -221,7 +221,8 @@ def _call(case: Case, size: Size, folder: Path) -> tuple[Callable[[], Any], int]
 
     def quantize_nnx() -> Any:
         weights = (mp.open_weights(path),) if from_disk else ()
-        return nnx.as_pure(nnx.state(mp.quantize(model, *weights), nnx.Param))
+        quantized = mp.quantize(model, *weights, donate=case.source == "donated")
+        return nnx.as_pure(nnx.state(quantized, nnx.Param))
 
     return quantize_nnx, nbytes
 

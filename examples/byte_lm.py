@@ -37,7 +37,8 @@ try:
         write_figure,
     )
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
+    from shown_progress import ShownProgress
     from verdict import verdict
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
@@ -66,9 +67,8 @@ def main() -> int:
     )
     result = Result(data.order0_entropy(held_out), data.zlib_bits_per_byte(held_out))
     started, sample, interrupted = time.perf_counter(), b"", False
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        with ShownProgress(console) as progress:
             make_run = NNXRun if options.nnx else LinenRun
             sample = work(make_run, settings, (train, held_out), result, progress)
     except KeyboardInterrupt:

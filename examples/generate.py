@@ -31,7 +31,8 @@ from typing import Any
 try:
     from generate_report import Row, make_table, targets
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
+    from shown_progress import ShownProgress
     from verdict import verdict
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
@@ -69,9 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, settings, prompt = parse_options(arguments)
     console = Console(width=None if sys.stdout.isatty() else 100)
     train, held_out = data.load()
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        with ShownProgress(console) as progress:
             params = weights_of(options.weights, settings, train, progress)
             make = nnx_decoder if options.nnx else linen_decoder
             decoders = {

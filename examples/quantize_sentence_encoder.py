@@ -32,7 +32,6 @@ NEEDS = 'the example needs `{}`, which is not installed: pip install "mpjax[enco
 try:
     import sentence_encoder_wheel as wheels
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from sentence_encoder_models import (
         CALIBRATED,
         FLOAT32,
@@ -49,6 +48,7 @@ try:
     )
     from sentence_encoder_report import Row, agreement, make_table, targets
     from sentence_encoder_tiny import write_wheel
+    from shown_progress import ShownProgress
     from verdict import verdict
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
@@ -121,8 +121,7 @@ def measure(
 ) -> dict[str, Row]:
     """Makes every encoder, compares it with float32, then times all of them in turns."""
     batches = data.batches(pretrained.tokenizer, texts, settings.batch)
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+    with ShownProgress(console) as progress:
         task = progress.add_task("float32", total=2 * len({**POLICIES, **CALIBRATED}))
         left = TABLES if options.float_embeddings else LEFT_FLOAT
         encoders, rows = {FLOAT32: flax_encoder(pretrained)}, {}

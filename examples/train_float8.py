@@ -32,7 +32,7 @@ from pathlib import Path
 
 try:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from shown_progress import ShownProgress
     from train_float8_report import Outcome, make_table, remarks, targets, write_figure
     from verdict import verdict
 except ModuleNotFoundError as error:
@@ -78,9 +78,8 @@ def run_all(
     plan: Plan, text: tuple[np.ndarray, np.ndarray], folder: Path, console: Console
 ) -> dict[str, Outcome]:
     """Trains and scores the policies, one after the other."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     outcomes = {}
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+    with ShownProgress(console) as progress:
         for policy in plan.policies:
             task = progress.add_task(policy, total=plan.settings.steps)
             show = partial(progress.update, task)

@@ -34,8 +34,10 @@ def atomic_file(path: Path) -> Iterator[BufferedWriter]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # no space, or no right to write there
+            error.add_note(f"{path} could not be written; what was there before is as it was")
         raise
     _sync_folder(path.parent)
 

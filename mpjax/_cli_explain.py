@@ -42,9 +42,13 @@ def run(options: argparse.Namespace) -> int:
     """Runs the subcommand and returns its exit status."""
     try:
         function, arguments = program_of(options.program)
+        from ._compile_target import CompilerLockedError
         from ._explain import explain
 
-        found = explain(function, *arguments, target=options.target)
+        try:
+            found = explain(function, *arguments, target=options.target)
+        except CompilerLockedError as error:
+            raise NotImplementedError(str(error)) from error
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         print(f"mpjax explain: {error}", file=sys.stderr)
         return 2

@@ -26,10 +26,23 @@ _TPUS = {
     "v6e": "v6e:1x1",
     "tpu7x": "tpu7x:1x1x1",
 }
+# What libtpu would otherwise ask a TPU's host, or complain of, or keep other processes from: it
+# compiles here and opens no TPU.
+_NO_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_HOST_BOUNDS": "1,1,1",
+}
 # libtpu plans fusions on threads whose stacks are too small for some: it dies of int8 projections
 # beside a causal mask, for v5e and v5p. A version without the flag is not to mind it.
 _STACK = "fibers_default_thread_stack_size"
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+
+class CompilerLockedError(RuntimeError):
+    """The compiler of a target is there, but another process keeps it to itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +81,7 @@ def compile_for(
 
     Raises:
       ImportError: the target's compiler is not installed.
+      CompilerLockedError: another process keeps the TPU's to itself.
       NotImplementedError: there is none for this target, or an array is split over several devices.
     """
     _check_one_device(args, kwargs)
@@ -186,16 +200,30 @@ def _tpu_topology(name: str) -> Any:
             "pip install 'mpjax[tpu]'"
         )
     if jax.default_backend() != "tpu":
-        # libtpu would ask a TPU host's metadata server, and let one process in only. It compiles
-        # here and opens no TPU.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        for variable, value in _NO_HOST.items():
+            os.environ.setdefault(variable, value)
         flags = os.environ.get("LIBTPU_INIT_ARGS", "")  # read once, when it is loaded
         if _STACK not in flags:
             flags = f"{flags} --{_STACK}={1 << 20} --undefok={_STACK}".strip()
             os.environ["LIBTPU_INIT_ARGS"] = flags
     bounds = {"chips_per_host_bounds": (1, 1, 1)}  # where libtpu would assume 2 x 2 chips
-    return topologies.get_topology_desc(_TPUS[name], "tpu", **bounds)
+    try:
+        return topologies.get_topology_desc(_TPUS[name], "tpu", **bounds)
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" in str(error):
+            raise CompilerLockedError(_locked(name, error)) from error
+        raise
+
+
+def _locked(name: str, error: Exception) -> str:
+    """Why libtpu does not start, and what to do."""
+    return (
+        f"libtpu, the TPU compiler, could not be loaded to compile for target {name!r}, because "
+        f"another process has loaded it and holds its lock, /tmp/libtpu_lockfile ({error}). Let "
+        "that process end (`fuser /tmp/libtpu_lockfile` names it; if there is none, the file is "
+        "another user's and may be removed), or start this one with JAX_PLATFORMS=cpu and "
+        "ALLOW_MULTIPLE_LIBTPU_LOAD=1 in its environment, with which libtpu opens no TPU here"
+    )
 
 
 def _gpu_topology(name: str) -> Any:

@@ -10,6 +10,7 @@ and backward. It costs nothing and is part of no cache key. `mp.explain` reads i
     mpjax.weights            a weight of 8 or 4 bits times floats
     mpjax.left.<reason>      floats, for a reason of `LEFT`
 
+A weight that is floats, and so is quantized at every call, adds `.floats` to the words for 8 bits.
 The innermost decision holds. A product in no such scope is one that the user wrote.
 """
 
@@ -25,6 +26,7 @@ from ._policy_map import FrozenDTypePolicyMap, resolve
 
 ROOT = "mpjax"
 QUANTIZED, FORWARD, WEIGHTS = "quantized", "forward", "weights"
+FLOATS = ".floats"
 LEFT = ("unmatched", "island", "author", "refused", "unquantized", "unprofitable", "policy")
 
 

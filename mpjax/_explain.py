@@ -46,6 +46,7 @@ def explain(
       ImportError: the target's compiler is not installed; the message names the extra.
       NotImplementedError: there is no compiler for this target here, or an argument is split over
         several devices.
+      RuntimeError: another process holds the lock of the TPU compiler; the message says which file.
       TypeError: `fn` cannot be called.
       ValueError: no target has this name.
     """
@@ -59,9 +60,13 @@ def assert_quantized(
     *args: Any,
     target: str | Target | None = None,
     min_flops: float = 0.95,
+    stored: bool = False,
     **kwargs: Any,
 ) -> None:
     """Fails unless enough of a function's operations are multiplied in 8 bits, for a test.
+
+    A model whose float weights are quantized at every call passes, as a training step must. For
+    inference, `stored=True` wants the weights stored in 8 bits, by `mpjax.quantize`.
 
     It compiles the function; a report that is there already has a method of the same name.
 
@@ -70,6 +75,7 @@ def assert_quantized(
       *args: likewise.
       target: likewise.
       min_flops: the part of all operations of products and convolutions that must be in 8 bits.
+      stored: whether products that quantize a float weight at every call do not count.
       **kwargs: keyword arguments of `fn`.
 
     Raises:
@@ -77,7 +83,7 @@ def assert_quantized(
       ValueError: `min_flops` is not from 0 to 1.
     """
     check_min_flops(min_flops)  # before anything is compiled
-    explain(fn, *args, target=target, **kwargs).assert_quantized(min_flops)
+    explain(fn, *args, target=target, **kwargs).assert_quantized(min_flops, stored=stored)
 
 
 def explanation_of(compiled: Compiled) -> Explanation:
@@ -120,6 +126,7 @@ def _row(product: HloProduct, target: Target) -> ExplainedProduct:
         in_main = [c.bytes for c in copies if c.kind == kind and c.space == MAIN_MEMORY]
         return sum(in_main) * product.times
 
+    reason = _reason(product, target, copied("dequantized"))
     arguments = [source for source in product.sources if source.is_argument]
     return ExplainedProduct(
         product.name.path,
@@ -134,9 +141,10 @@ def _row(product: HloProduct, target: Target) -> ExplainedProduct:
         sum(source.padding for source in arguments) * product.times + copied("padded"),
         copied("transposed"),
         copied("dequantized"),
-        _reason(product, target, copied("dequantized")),
+        reason,
         product.cycles,
         product.instruction,
+        reason == "" and product.name.floats,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ._explanation_table import table
@@ -56,6 +57,8 @@ class ExplainedProduct:
       reason: why it is not in 8 bits, a word of `mpjax.REASONS`; empty if it is.
       cycles: of a TPU, by the compiler's estimate, with all that is fused with it; else None.
       instruction: its name in the compiled program.
+      quantizes_weight: whether it is in 8 bits, of a weight that is stored as floats and quantized
+        at every call, as in training; told by the wrapped model.
     """
 
     path: str
@@ -73,6 +76,7 @@ class ExplainedProduct:
     reason: str
     cycles: int | None
     instruction: str
+    quantizes_weight: bool
 
     @property
     def is_miss(self) -> bool:
@@ -123,19 +127,20 @@ class Explanation:
     @property
     def share_in_8_bits(self) -> float:
         """The part of `flops` that a unit for 8 bits multiplies; 1 if there are none."""
-        quantized = sum(each.flops or 0 for each in self.products if each.reason == "")
-        return quantized / self.flops if self.flops else 1.0
+        return _share(self.products)
 
     @property
     def misses(self) -> tuple[ExplainedProduct, ...]:
         """The products that are not in 8 bits, those that the policy leaves apart."""
         return tuple(each for each in self.products if each.is_miss)
 
-    def assert_quantized(self, min_flops: float = 0.95) -> None:
+    def assert_quantized(self, min_flops: float = 0.95, *, stored: bool = False) -> None:
         """Fails unless enough of the operations are in 8 bits; see `mp.assert_quantized`.
 
         Args:
           min_flops: the part of `flops` that must be.
+          stored: whether only those count whose weight is stored in 8 bits or fewer, and not those
+            that quantize a float weight at every call.
 
         Raises:
           AssertionError: it is less; the message is a table of the products that are not. Or
@@ -148,10 +153,13 @@ class Explanation:
                 f"the program for {self.target} multiplies nothing, in 8 bits or otherwise: is it "
                 "the function that you meant, and is no batch empty?"
             )
-        if self.share_in_8_bits < min_flops:
-            offending = [each for each in self.products if each.reason != ""]
+        rows = [_as_unquantized(x) for x in self.products] if stored else self.products
+        share = _share(rows)
+        if share < min_flops:
+            offending = [each for each in rows if each.reason != ""]
+            of = ", by stored weights," if stored else ""
             raise AssertionError(
-                f"{self.share_in_8_bits:.1%} of the operations are in 8 bits on {self.target}, "
+                f"{share:.1%} of the operations are in 8 bits{of} on {self.target}, "
                 f"less than min_flops = {min_flops:.1%}. These are not:\n{table(offending)}"
             )
 
@@ -181,6 +189,12 @@ class Explanation:
             f"{self.bytes_written / 1e6:,.4g} MB written",
             f"floor by the target's peak rates: {self.floor_seconds * 1e6:,.4g} us",
         ]
+        floats = sum(each.quantizes_weight for each in self.products)
+        if floats:
+            lines.append(
+                f"{floats} products quantize a float weight at every call, as training does; for "
+                "inference mp.quantize stores it in 8 bits"
+            )
         if self.estimated_seconds is not None:
             seconds = f"{self.estimated_seconds * 1e6:,.4g} us"
             lines.append(f"the compiler's own estimate, not a measurement: {seconds}")
@@ -189,3 +203,16 @@ class Explanation:
         if self.unknown_loops:
             lines.append(f"{self.unknown_loops} loops of unknown length, counted as one turn")
         return "\n".join(lines)
+
+
+def _share(products: Sequence[ExplainedProduct]) -> float:
+    """The part of the operations that is in 8 bits; 1 if there are none."""
+    total = sum(each.flops or 0 for each in products)
+    quantized = sum(each.flops or 0 for each in products if each.reason == "")
+    return quantized / total if total else 1.0
+
+
+def _as_unquantized(product: ExplainedProduct) -> ExplainedProduct:
+    """A row as it counts where weights are to be stored."""
+    reason = "unquantized" if product.quantizes_weight else product.reason
+    return dataclasses.replace(product, reason=reason)

@@ -1,21 +1,28 @@
 """A model as one serialized program, which runs where neither mpjax nor Flax is installed.
 
 It is a `jax.export` artifact: StableHLO for the platforms asked for, with a version of its calling
-convention. `jax.export.deserialize(blob).call(x)` runs it, and so does `load_exported`.
+convention. `jax.export.deserialize(blob).call(x)` runs it, and so does `load_exported`, which first
+compares the checksum that an artifact ends in.
 """
 
+import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from jax import export as jax_export
 
 from ._cast import is_floating
+from ._safetensors import ModelFileError
 from ._wrap import wrapped_adapter_of
 
 # A constraint of a layout in memory, which is all it does: XLA removes it when it compiles.
 _ALLOWED = (jax_export.DisabledSafetyCheck.custom_call("LayoutConstraint"),)
 _PLATFORMS = ("cpu", "cuda", "tpu")
+_CHECKSUM = b"mpjax-crc32:"  # and 8 hexadecimal digits, at the end of an artifact
+_END = len(_CHECKSUM) + 8
 
 
 def export(
@@ -43,7 +50,8 @@ def export(
       **kwargs: keyword arguments of the call. What is no array is fixed (`train=False`).
 
     Returns:
-      The serialized program, bytes; with `weights="beside"`, `(bytes, {name: array})`.
+      The serialized program, bytes that end in a checksum of the rest; with `weights="beside"`,
+      `(bytes, {name: array})`.
 
     Raises:
       ValueError: the model is not wrapped, or `platforms` or `weights` is unknown.
@@ -56,6 +64,7 @@ def export(
     _check(platforms, weights)
     _require_flatbuffers()
     function, tree, inputs = wrapped_adapter_of(model).as_function(model, *args)
+    called = type(model).__name__  # in messages of JAX, and in the program
     arrays = {name: x for name, x in kwargs.items() if _is_array(x)}
     fixed = {name: x for name, x in kwargs.items() if name not in arrays}
     if weights == "inside":
@@ -63,6 +72,7 @@ def export(
         def inside(*args: Any, **arrays: Any) -> Any:
             return function(tree, *args, **arrays, **fixed)
 
+        inside.__name__ = called
         return _serialized(inside, platforms, *inputs, **arrays)
     leaves, structure = jax.tree.flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -71,28 +81,64 @@ def export(
         tree = jax.tree.unflatten(structure, [weights[name] for name in named])
         return function(tree, *args, **arrays, **fixed)
 
+    beside.__name__ = called
     return _serialized(beside, platforms, named, *inputs, **arrays), named
 
 
-def load_exported(blob: bytes) -> Callable[..., Any]:
+def load_exported(blob: bytes | str | os.PathLike[str]) -> Callable[..., Any]:
     """The function that `export` serialized: call it with arrays, also under `jax.jit`.
 
+    What has no checksum, since jax.export or an mpjax before it had checksums made it, is refused:
+    whether that is all of it cannot be told. `jax.export.deserialize` takes it.
+
+    Args:
+      blob: the bytes that `export` returned, or the path of a file of them.
+
     Raises:
-      TypeError: `blob` is not bytes.
-      ValueError: the bytes are no exported program, or one cut short.
+      TypeError: `blob` is neither.
+      FileNotFoundError: there is no such file.
+      ModelFileError: these are not the bytes that `export` returned: damaged, cut short, or none
+        of its own; or this JAX cannot read them. It names the file.
       ImportError: flatbuffers is not installed.
     """
     _require_flatbuffers()
-    if not isinstance(blob, bytes | bytearray):
-        raise TypeError(f"`blob` must be the bytes that mp.export returned, got {type(blob)}")
+    name, content = _content(blob)
+    body, end = memoryview(content)[:-_END], content[-_END:]
+    if len(end) < _END or not end.startswith(_CHECKSUM):
+        raise ModelFileError(
+            f"{name} does not end in the checksum of a program that mp.export serialized: it is "
+            "cut short or damaged, or something else. Get it, or export the model, again; what "
+            "jax.export or an older mpjax serialized is loaded by jax.export.deserialize, unchecked"
+        )
+    if end != _checksum(zlib.crc32(body)):
+        raise ModelFileError(
+            f"{name} is damaged (it has changed since mp.export serialized it): get it, or export "
+            "the model, again"
+        )
     try:
-        exported = jax_export.deserialize(bytearray(blob))
-    except Exception as error:  # flatbuffers raises whatever it runs into in foreign bytes
-        raise ValueError(
-            f"these {len(blob)} bytes are no program that mp.export or jax.export serialized, or "
-            f"not all of it ({type(error).__name__}: {error}): export the model again"
+        exported = jax_export.deserialize(bytearray(body))
+    except Exception as error:  # JAX raises whatever it runs into in a format that it does not know
+        raise ModelFileError(
+            f"{name} is as mp.export serialized it, but JAX {jax.__version__} cannot read it "
+            f"({type(error).__name__}: {error}): export the model with this version of JAX"
         ) from error
     return exported.call
+
+
+def _content(blob: bytes | str | os.PathLike[str]) -> tuple[str, bytes]:
+    """What to call an artifact in messages, and its bytes."""
+    if isinstance(blob, str | os.PathLike):
+        return str(blob), Path(blob).read_bytes()
+    if isinstance(blob, bytes | bytearray):
+        return f"`blob` of {len(blob)} bytes", bytes(blob)
+    raise TypeError(
+        "`blob` must be the bytes that mp.export returned, or the path of a file of them, got "
+        f"{type(blob)}"
+    )
+
+
+def _checksum(crc32: int) -> bytes:
+    return _CHECKSUM + b"%08x" % crc32
 
 
 def _serialized(
@@ -101,7 +147,9 @@ def _serialized(
     exporting = jax_export.export(
         jax.jit(function), platforms=tuple(platforms), disabled_checks=_ALLOWED
     )
-    return bytes(exporting(*args, **kwargs).serialize())
+    blob = exporting(*args, **kwargs).serialize()
+    blob += _checksum(zlib.crc32(blob))
+    return bytes(blob)
 
 
 def _check(platforms: Sequence[str], weights: str) -> None:

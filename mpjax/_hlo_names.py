@@ -13,7 +13,7 @@ import re
 import sysconfig
 from pathlib import Path
 
-from ._decisions import ROOT
+from ._decisions import FLOATS, ROOT
 from ._hlo_program import Instruction
 
 _WRAPPERS = re.compile(r"(transpose|jvp|vmap|vjp|linearize)\((.*)\)$")
@@ -43,6 +43,7 @@ class Name:
       decision: the innermost word of a wrapped model, or None.
       primitive: JAX' operation, `"dot_general"`.
       wrapped: whether it is in a wrapped model.
+      floats: whether that quantizes a float weight for it.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Name:
     decision: str | None
     primitive: str
     wrapped: bool
+    floats: bool = False
 
 
 def name_of(op_name: str) -> Name:
@@ -71,7 +73,9 @@ def name_of(op_name: str) -> Name:
             kept.append(_METHOD.sub("", part))
     path = kept[1:] if wrapped else kept
     direction = "recomputed" if recomputed else "backward" if backward else "forward"
-    return Name("/".join(path), direction, decision, parts[-1] if parts else "", wrapped)
+    floats = decision is not None and decision.endswith(FLOATS)
+    decision = decision.removesuffix(FLOATS) if decision is not None else None
+    return Name("/".join(path), direction, decision, parts[-1] if parts else "", wrapped, floats)
 
 
 def _is_control(part: str, after: list[str], before: list[str]) -> bool:

@@ -65,7 +65,8 @@ def load(
       FileNotFoundError: there is no such file.
       ModelFileError: it is damaged, of another format, of a newer mpjax, or does not fit `model`,
         which stays as it was.
-      TypeError: `model` is not an NNX module, or `shardings` holds something else.
+      TypeError: `path` is no path, `model` is not an NNX module, or `shardings` holds something
+        else.
       ValueError: `model` is not wrapped, the target is unknown, or `shardings` lack a path or do
         not fit an array.
     """

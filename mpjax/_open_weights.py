@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ._file_path import path_of
 from ._lazy_orbax import open_checkpoint
 from ._lazy_safetensors import INDEX, open_files
 
@@ -47,7 +48,7 @@ def open_weights(
         make no tree. Reading an array raises it too, if the file has changed since.
       ValueError: `step` is given for a file, or `separator` for a folder.
     """
-    path = Path(path)
+    path = path_of(path)
     is_folder = path.is_dir()
     if step is not None and not is_folder:
         raise ValueError(f"`step` is {step}, but {path} is no folder of checkpoints: leave it out")

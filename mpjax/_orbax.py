@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._file_path import path_of
+
 _ARRAYS, _INDEX = "arrays", "index"
 
 
@@ -28,12 +30,12 @@ def orbax() -> Any:
 
 def local(directory: str | Path) -> Path:
     """The absolute path of a directory; raises ValueError for a URL, and an error for a file."""
+    path = path_of(directory, "directory").absolute()
     if "://" in str(directory):
         raise ValueError(
             f"`directory` is the URL {directory}, but checkpoints are written to file systems: "
             "mount the bucket and give the path"
         )
-    path = Path(directory).absolute()
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"`directory` {path} is a file: give a folder for checkpoints")
     return path

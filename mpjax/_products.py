@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._context import Product, active, calibration_in_progress
-from ._decisions import FORWARD, QUANTIZED, WEIGHTS, Decision, left
+from ._decisions import FLOATS, FORWARD, QUANTIZED, WEIGHTS, Decision, left
 from ._manual_axes import check_tracked
 from ._observed import ObservedScaling, ObservedWeight
 from ._prescaled import PreScaledWeight, is_stored, prescaled
@@ -134,7 +134,8 @@ class QuantizedProduct:
             return left("unprofitable")
         if self.formats is not None:
             backward = (*self.formats.dlhs, *self.formats.drhs)
-            return Decision(FORWARD if None in backward else QUANTIZED)
+            word = FORWARD if None in backward else QUANTIZED
+            return Decision(word if self.kernel is None else word + FLOATS)
         try:
             cut(self.stored, tuple(rhs.shape), summed)
         except CannotStoreError:

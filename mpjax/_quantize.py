@@ -60,9 +60,8 @@ def quantize(
     accumulate in int32, float8 in float32. No float copy of a quantized weight is kept.
 
     Weights are quantized one after the other, so that beside the float weights and the result
-    memory holds one layer. Less is needed where the floats go as they are quantized: they are the
-    NNX model's alone, or are donated (float weights plus one layer); or are still on disk
-    (quantized weights plus one layer):
+    memory holds one layer. Less is needed where the floats go as they are quantized: they are
+    donated (float weights plus one layer), or still on disk (quantized weights plus one layer):
 
         qvars = mp.quantize(model, {"params": mp.open_weights("model.safetensors")}, x)
 
@@ -109,8 +108,9 @@ def quantize(
         it is stored, or why it was left. Without it, weights that were left although their policy
         quantizes them are warned of.
       donate: whether the buffers of float weights are deleted as soon as they are quantized (all
-        are checked first), whoever else holds them: `variables` cannot be used any more. NumPy
-        arrays and what is traced stay.
+        are checked first), whoever else holds them: `variables` cannot be used any more, and an NNX
+        model that is stopped half-way (Ctrl-C, no memory) stays half quantized. NumPy arrays and
+        what is traced stay.
       prepack: whether int8 weights that are multiplied by int8 are stored as the native kernels of
         this machine's CPU read them (`mpjax_kernels.prepacked`), which saves most where calls have
         few rows. Results are the same. It is for this CPU alone: elsewhere, and exported, a weight
@@ -122,7 +122,8 @@ def quantize(
 
     Returns:
       Linen: new variables of the same structure, with `QTensor`s in place of the weights.
-      NNX: the same model, its weights replaced in place.
+      NNX: the same model, its weights replaced in place, all of them once the last is quantized:
+        whatever stops it before that, Ctrl-C too, leaves the model as it was (see `donate`).
       With `return_report=True`, a pair of that and the `QuantizationReport`.
 
     Raises:
@@ -131,7 +132,8 @@ def quantize(
         opened file lacks a weight, or has one that the model has not. Of `calibration`: it is
         empty, has a batch without rows or with a NaN, or makes one in a layer (batch, layer and
         operand are named), nothing needs it, or it is needed and missing; a `method` is unknown,
-        ambiguous or not the policy's. Nothing is changed then.
+        ambiguous or not the policy's. `rows` is no number of rows; or a Linen call has none, where
+        the model was wrapped with `when="profitable"`. Nothing is changed then.
       ModelFileError: a file of weights is damaged, or has changed since it was opened.
       TypeError: `model` is not a Flax module, arguments are missing, or `calibration` or `observer`
         is something else.
@@ -211,8 +213,7 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
             "trace mp.quantize by jax.eval_shape"
         )
     array = jnp.asarray(in_memory(weight))
-    if not isinstance(array, Tracer):
-        check_finite(array, path)
+    check_finite(array, path)
     q = _stored(array, stored.format, axis, group_size, stored.symmetric)
     # Waited for, so that no two layers are in memory at once.
     return jax.block_until_ready(_placed_like(array, q, path))
@@ -276,12 +277,14 @@ def check_finite(weight: Any, path: str) -> None:
     """Raises ValueError if a float weight that is in memory holds a NaN or an infinity."""
     if isinstance(weight, LazyArray | Tracer | jax.ShapeDtypeStruct) or is_stored(weight):
         return
-    if not jnp.isfinite(_nan_of(jnp.asarray(weight))):
+    with jax.ensure_compile_time_eval():  # values are there, also while a function is traced
+        if jnp.isfinite(_nan_of(jnp.asarray(weight))):
+            return
         bad = int(_non_finite(jnp.asarray(weight)))
-        raise ValueError(
-            f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
-            "like that cannot be quantized: restore it from a checkpoint before they appeared"
-        )
+    raise ValueError(
+        f"'{path}' has {bad} of {weight.size} values that are NaN or infinite; a weight "
+        "like that cannot be quantized: restore it from a checkpoint before they appeared"
+    )
 
 
 def check_donated(weights: Mapping[str, Any], tree: Any) -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import mpjax_kernels as mk
 
 from ._file_header import ArrayRecord, Key, LeafRecord
+from ._file_policy import WEIGHTS
 from ._modes import AUTO8
 from ._paths import join
 from ._policy import DTypePolicy
@@ -33,7 +34,6 @@ from ._stored import stored_of
 from ._target import Target
 
 E4M3 = "float8_e4m3fn"
-_WEIGHTS = ("kernel", "embedding")  # and not a cache
 _ELSEWHERE = {"int8": {E4M3: "float8/row"}, E4M3: {"int8": "int8"}}
 
 
@@ -135,7 +135,7 @@ class Plan:
     def format_of(self, leaf: LeafRecord) -> str | None:
         """The format that a stored weight is loaded in; its dtype, for floats; None: as it is."""
         policy = self._changed_policy(leaf)
-        is_weight = leaf.kind in ("qtensor", "prescaled") and leaf.path[-1] in _WEIGHTS
+        is_weight = leaf.kind in ("qtensor", "prescaled") and leaf.path[-1] in WEIGHTS
         if not is_weight or policy is None:
             return None
         q, stored = leaf.abstract, stored_of(policy)

@@ -27,6 +27,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ._file_path import path_of
+
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_RANK = 32
 _METADATA = "__metadata__"
@@ -133,8 +135,9 @@ def open_safetensors(path: str | Path) -> Iterator[SafetensorsFile]:
     Raises:
       FileNotFoundError: there is no such file.
       ModelFileError: it is not a safetensors file, or a damaged one.
+      TypeError: `path` is no path.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for its writer

@@ -15,6 +15,7 @@ from ._atomic_file import atomic_file
 from ._file_bytes import to_bytes
 from ._file_header import MAX_DEPTH, ArrayRecord, Header, Key, LeafRecord
 from ._file_leaves import MAIN_PARTS, LeafParts, take_apart
+from ._file_policy import check_policies, differences
 from ._paths import join
 from ._policy_map import Policy, freeze
 from ._requantize import is_auto
@@ -31,7 +32,8 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
 
     The file is a safetensors file, with a header that tells what each array is and has a checksum
     of it. int4 takes half a byte per value. It takes the place of one at `path` once it is whole
-    and on disk; the host holds one array of the model at a time.
+    and on disk (until then, and if the process is killed, it is `.<name>.<random>.tmp` beside it);
+    the host holds one array of the model at a time.
 
     Args:
       path: of the file.
@@ -49,8 +51,10 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
     Raises:
       TypeError: `path`, `tree` or a leaf of it is of another type.
       ValueError: the tree is empty or too deep, two leaves have the same path, an array is spread
-        over several processes, or the NNX model is not wrapped, or with another policy.
-      OSError: the file cannot be written; what was at `path` is still there.
+        over several processes, or the NNX model is not wrapped, or with another policy; or a weight
+        is stored in another format than its policy asks for.
+      OSError: the file cannot be written, its disk is full perhaps; what was at `path` is still
+        there.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"`path` is a {type(path).__name__}: call mp.save(path, tree)")
@@ -60,7 +64,7 @@ def save(path: str | Path, tree: Any, policy: Any = None) -> Path:
     if not parts:
         raise ValueError("`tree` is empty: there is nothing to save")
     records = tuple(_record(keys, each) for keys, each in parts.items())
-    config = None if policy is None else serialize(freeze(get_policy(policy)))
+    config = None if policy is None else serialize(policy)
     header = Header(importlib.import_module("mpjax").__version__, config, records)
     arrays = {
         array.name: parts[leaf.path].arrays[part]
@@ -88,11 +92,12 @@ def nnx_adapter(model: Any) -> Any:
     return importlib.import_module("mpjax.nnx._files")
 
 
-def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]], Any]:
-    """The leaves by path, and the policy."""
+def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]], Policy | None]:
+    """The leaves by path, and the frozen policy."""
     nnx = nnx_adapter(tree)
     if nnx is not None:
         variables, own = nnx.variables_of(tree), nnx.policy_of(tree)
+        check_policies(nnx.stored_differences(tree))
         policy = own if policy is None else _unresolved(policy, own)
         return [(keys, each.get_raw_value()) for keys, each in variables.items()], policy
     if not isinstance(tree, Mapping):
@@ -100,7 +105,12 @@ def _contents(tree: Any, policy: Any) -> tuple[list[tuple[tuple[Key, ...], Any]]
             f"`tree` is a {type(tree).__name__}, but should be the variables of a Linen model "
             "(nested dicts), or a wrapped NNX model"
         )
-    return list(_leaves(tree, ())), policy
+    leaves = list(_leaves(tree, ()))
+    if policy is None:
+        return leaves, None
+    policy = freeze(get_policy(policy))
+    check_policies(differences(leaves, policy))
+    return leaves, policy
 
 
 def _unresolved(given: Any, own: Policy) -> Policy:

@@ -37,7 +37,8 @@ def wrap(
 
     Args:
       module: a `flax.linen.Module` that is not bound, or a `flax.nnx.Module`. A wrapped module gets
-        the new policy in place of the old one.
+        the new policy in place of the old one. NNX: wrap before `nnx.jit`, `nnx.grad` and the like,
+        which want a module that they were given to keep its class.
       policy: anything `get_policy` takes: a policy, its name, a config, a dtype, a `DTypePolicyMap`
         from layer paths to policies. None is the global policy, `dtype_policy()`, as it is now:
         later changes to it, or to the map, do not reach the wrapped module.

@@ -1,6 +1,7 @@
 """The demo: how it splits its text, what its report says, and that it runs, in both Flax APIs."""
 
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -223,6 +224,43 @@ def test_the_demo_runs_prints_every_row_and_draws_the_curves(tmp_path, flags, pn
 
 
 @pytest.mark.slow
+class Pipe(io.StringIO):
+    """What a reader at the other end of a pipe has by now."""
+
+    seen = ""
+
+    def flush(self):
+        self.seen = self.getvalue()
+
+
+def test_a_pipe_is_told_each_tenth_when_it_is_reached(demo):
+    console, shown = pytest.importorskip("rich.console"), demo("shown_progress")
+    pipe, lines = Pipe(), []
+    with shown.ShownProgress(console.Console(file=pipe, width=100)) as progress:
+        task = progress.add_task("compiling the [step]", total=40)
+        for step in range(40):
+            progress.update(task, advance=1, description=f"training, loss {step}")
+            lines.append(len(pipe.seen.splitlines()))
+        other = progress.add_task("evaluating", total=1)
+        progress.update(other, advance=1)
+    assert lines == [1 + (step + 1) // 4 for step in range(40)]
+    told = [line.split(" s  ")[1].strip() for line in pipe.seen.splitlines()]
+    assert told[:3] == [
+        "0%  compiling the [step]",
+        "10%  training, loss 3",
+        "20%  training, loss 7",
+    ]
+    assert told[10:] == ["100%  training, loss 39", "0%  evaluating", "100%  evaluating"]
+
+
+def test_a_terminal_gets_bars_and_no_lines(demo):
+    console, shown = pytest.importorskip("rich.console"), demo("shown_progress")
+    pipe = Pipe()
+    with shown.ShownProgress(console.Console(file=pipe, force_terminal=True, width=100)) as bars:
+        bars.update(bars.add_task("training", total=2), advance=1)
+    assert "\u2501" in pipe.seen and " 50%" not in pipe.seen
+
+
 def test_an_interrupted_demo_prints_what_it_has_and_no_traceback(tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(DEMO), "--quick", "--steps", "100000"],

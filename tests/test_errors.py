@@ -1,6 +1,7 @@
 """Every error that a user meets: its text, and that nothing is changed or lost by it."""
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -534,6 +535,19 @@ def test_nnx_with_variables(function, message, arguments):
         function(model, *arguments)
 
 
+@pytest.mark.parametrize(
+    "keyword, meant", [("row", "rows"), ("calibrations", "calibration"), ("x", None)]
+)
+def test_nnx_with_a_misspelt_keyword(keyword, meant):
+    model = mp.wrap(net("nnx"), INT8)
+    match = (
+        f"an NNX model takes no `{keyword}`, but calibration, method, .*rows; and what its calls"
+    )
+    with unchanged(model), pytest.raises(TypeError, match=match) as error:
+        mp.quantize(model, **{keyword: 1})
+    assert str(error.value).endswith(f"did you mean `{meant}`?" if meant else "a calibration")
+
+
 # -- quantized variables under another policy
 
 
@@ -818,3 +832,107 @@ def test_a_wrong_feature_size_nnx(policy):
             ValueError, match=r"shape \(2, 5\) but .*\(3, 8\): contracting 5 with 3"
         ):
             each(wide)
+
+
+# -- calls that Flax refuses, with what they mean here
+
+
+class Trained(nn.Module):
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dropout(self.rate, deterministic=not train)(nn.Dense(4)(x))
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
+def notes(error: pytest.ExceptionInfo) -> str:
+    return " ".join(error.value.__notes__)
+
+
+@pytest.mark.parametrize("call", [mp.quantize, mp.layer_policies, mp.export])
+def test_a_call_of_training_is_said_to_be_one(call):
+    model = mp.wrap(Trained(), INT8)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), KEY, X)
+    variables = randomized(variables)
+    with pytest.raises(errors.InvalidRngError) as error:
+        call(model, variables, X, train=True)
+    assert "the call of Trained draws random numbers, as dropout does in training" in notes(error)
+    assert "train=False" in notes(error)
+    with pytest.raises(errors.ModifyScopeVariableError) as error:
+        call(mp.wrap(Trained(0.0), INT8), variables, X, train=True)
+    assert "the call of Trained changes variables, as a batch norm does" in notes(error)
+
+
+@pytest.mark.parametrize("call", [mp.quantize, mp.layer_policies, mp.export, mp.init_scaling])
+def test_a_forgotten_argument_is_asked_for_with_the_signature(call):
+    model = mp.wrap(Trained(), "int8_static_from_mixed_bfloat16")
+    variables = randomized(jax.eval_shape(functools.partial(model.init, train=False), KEY, X))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'train'") as error:
+        call(model, variables, X)
+    assert "Trained.__call__ takes (self, x, train)" in notes(error)
+
+
+def test_a_type_error_of_the_model_itself_is_left_alone():
+    class Bad(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x) + "text"
+
+    layer = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    with pytest.raises(TypeError) as error:
+        mp.quantize(mp.wrap(Bad(), INT8), {"params": {"Dense_0": layer}}, X)
+    assert "takes (self" not in " ".join(getattr(error.value, "__notes__", ()))
+
+
+def test_the_signature_is_that_of_the_method_called():
+    class Two(nn.Module):
+        def setup(self):
+            self.layer = nn.Dense(4)
+
+        def __call__(self, x):
+            return self.layer(x)
+
+        def encode(self, x, scale):
+            return self.layer(x) * scale
+
+    model = mp.wrap(Two(), INT8)
+    variables = randomized(jax.eval_shape(model.init, KEY, X))
+    for method in ("encode", model.encode, Two.encode):
+        with pytest.raises(TypeError, match="'scale'") as error:
+            mp.quantize(model, variables, X, method=method)
+        assert "Two.encode takes (self, x, scale)" in notes(error)
+
+
+def test_wrapping_what_nnx_jit_was_given_tells_the_classes_apart():
+    for transform in (nnx.jit, nnx.grad):
+        with pytest.raises(
+            ValueError, match=r"Linear \(wrapped by mp.wrap\)'.* a node of .*Linear'>"
+        ):
+            transform(lambda m, x: mp.wrap(m, "mixed_bfloat16")(x).sum())(
+                nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X
+            )
+
+
+def test_an_nnx_model_is_not_changed_from_within_a_trace():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(errors.TraceContextError) as error:
+        jax.jit(lambda x: mp.wrap(model, "float8_from_mixed_bfloat16")(x))(X)
+    assert "mp.wrap changes an NNX model in place, and this one was made outside" in notes(error)
+    assert type(model) is nnx.Linear
+    mp.wrap(model, INT8)
+    kernel = model.kernel.get_raw_value()
+    for donate in (False, True):
+        with pytest.raises(errors.TraceContextError) as error:
+            jax.jit(lambda x, donate=donate: mp.quantize(model, donate=donate)(x))(X)
+        assert "call mp.quantize before that function" in notes(error)
+        assert model.kernel.get_raw_value() is kernel and not kernel.is_deleted()
+
+
+def test_linen_variables_are_quantized_within_a_trace_too():
+    model = mp.wrap(Net(), INT8)
+    y = jax.jit(lambda x: model.apply(mp.quantize(model, VARIABLES, x), x))(X)
+    np.testing.assert_array_equal(y, jax.jit(model.apply)(mp.quantize(model, VARIABLES, X), X))
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), VARIABLES)
+    with pytest.raises(ValueError, match="'params/block/up/kernel' has 1 of 24 values"):
+        jax.jit(lambda x: model.apply(mp.quantize(model, bad, x), x))(X)

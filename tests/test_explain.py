@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mpjax as mp
+from mpjax import _compile_target
+from mpjax._cli import main
 from mpjax._compile_target import Compiled
 from mpjax._explain import explanation_of
 from mpjax_kernels import _native_weight
@@ -174,6 +176,75 @@ def test_a_product_outside_of_all_modules_has_its_line():
     assert row.reason == "outside" and row.path == "" and row.flops == FLOPS
     line = product.__code__.co_firstlineno + 1
     assert row.line == row.where == f"{__file__}:{line}"
+
+
+FLOAT8 = mp.QuantizedFloat8DTypePolicy(  # its scales, of the weights too, are from calls before
+    "float8", "mixed_bfloat16", amax_history_length=2
+)
+
+
+@pytest.mark.parametrize("policy", [INT8, FLOAT8, "float8/row_from_mixed_bfloat16"])
+def test_float_weights_that_are_quantized_at_every_call_are_not_stored(policy):
+    if policy != INT8 and native_refusal("float8_e4m3fn") is not None:
+        pytest.skip("no native kernels of float8: XLA:CPU multiplies it as wider numbers")
+    model, variables = small(policy)
+    found = mp.explain(model.apply, variables, X)
+    (row,) = found.products
+    assert row.reason == "" and row.quantizes_weight
+    found.assert_quantized()
+    of = r"0\.0% of the operations are in 8 bits, by stored weights, on .*\n"
+    with pytest.raises(AssertionError, match=f"(?s){of}.*up .* unquantized"):
+        found.assert_quantized(stored=True)
+    assert "1 products quantize a float weight at every call, as training does" in str(found)
+    _, variables = small(policy, stored=True)
+    found = mp.explain(model.apply, variables, X)
+    (row,) = found.products
+    assert not row.quantizes_weight and "quantize" not in str(found)
+    mp.assert_quantized(model.apply, variables, X, stored=True)
+
+
+def test_attention_has_no_weight_that_could_be_stored_in_it():
+    policy = mp.QuantizedDTypePolicy("int8", "mixed_bfloat16", quantize_attention=True)
+    model = mp.wrap(nn.MultiHeadDotProductAttention(2), policy)
+    x = jax.ShapeDtypeStruct((1, 16, 32), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = jax.eval_shape(lambda v: mp.quantize(model, v, x), variables)
+    found = mp.explain(model.apply, variables, x)
+    inside = [row for row in found.products if row.path == ""]
+    assert len(found.products) == 6 and len(inside) == 2
+    assert all(row.reason == "" and not row.quantizes_weight for row in inside)
+    found.assert_quantized(1.0, stored=True)
+
+
+# What libtpu says where another process has loaded it.
+LOCKED = (
+    "ABORTED: Internal error when accessing libtpu multi-process lockfile. "
+    'Run "$ sudo rm /tmp/libtpu_lockfile".'
+)
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(LOCKED)
+
+    monkeypatch.setattr(_compile_target.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name in (*_compile_target._NO_HOST, "LIBTPU_INIT_ARGS"):  # are restored afterwards
+        monkeypatch.setenv(name, "1")
+
+
+def test_the_lock_of_the_tpu_compiler_is_named_with_the_remedy(locked):
+    match = r"'v6e', because another.*holds its lock, /tmp/libtpu_lockfile .*MULTIPLE_LIBTPU_LOAD=1"
+    with pytest.raises(RuntimeError, match=match):
+        mp.explain(lambda x: x, X, target="v6e")
+
+
+def test_the_command_names_the_lock_too(locked, tmp_path, monkeypatch, capsys):
+    (tmp_path / "locked_program.py").write_text("def program():\n    return abs, (1.0,)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["explain", "locked_program:program", "--target", "v6e"]) == 2
+    assert "holds its lock, /tmp/libtpu_lockfile" in capsys.readouterr().err
 
 
 CONVOLUTIONS = [

@@ -38,6 +38,13 @@ def test_a_name_stack(op_name, path, direction, decision):
     assert (found.path, found.direction, found.decision) == (path, direction, decision)
 
 
+@pytest.mark.parametrize("word", ["quantized", "forward"])
+def test_a_float_weight_is_told_beside_the_decision(word):
+    found = name_of(f"jit(f)/mpjax/Net/up/mpjax.{word}.floats/jit(_multiply)/dot_general")
+    assert (found.path, found.decision, found.floats) == ("up", word, True)
+    assert not name_of(f"jit(f)/mpjax/Net/up/mpjax.{word}/dot_general").floats
+
+
 def test_shapes_as_they_lie_in_memory():
     bf16, s4, scalar = shapes_in("(bf16[3,100]{1,0:T(8,128)(2,1)S(1)}, s4[3,100]{0,1}, f32[])")
     assert (bf16.bytes, bf16.padded_bytes, bf16.space) == (600, 8 * 128 * 2, 1)

@@ -70,6 +70,19 @@ def test_int8_on_tpu7x_and_float8_on_v6e_are_emulated():
             mp.assert_quantized(model, x, target=target)
 
 
+@pytest.mark.parametrize("target, policy", [("v6e", INT8), ("tpu7x", FLOAT8)])
+def test_float_weights_that_are_quantized_at_every_call_are_not_stored(target, policy):
+    model = mp.wrap(nnx.eval_shape(lambda: nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))), policy)
+    x = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)
+    mp.assert_quantized(model, x, target=target)
+    with pytest.raises(AssertionError, match=f"by stored weights, on {target}(?s:.*)unquantized"):
+        mp.assert_quantized(model, x, target=target, stored=True)
+    stored = nnx.eval_shape(
+        lambda: mp.quantize(mp.wrap(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), policy))
+    )
+    mp.assert_quantized(stored, x, target=target, min_flops=1, stored=True)
+
+
 def test_a_vector_times_a_matrix_is_found_on_the_vector_unit_in_every_turn_of_a_loop():
     def scanned(weights, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
@@ -107,3 +120,11 @@ def test_the_compiler_survives_causal_attention_on_v5e():
     command = [sys.executable, "-c", CAUSAL]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
+
+
+def test_the_compiler_says_nothing_of_a_host_that_it_needs_not():
+    ours = {"PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH"}
+    environment = {k: v for k, v in os.environ.items() if k in ours} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", CAUSAL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n", "")

@@ -143,14 +143,63 @@ def test_another_process_runs_any_batch_with_the_weights_beside(tmp_path, api):
         np.testing.assert_array_equal(np.load(tmp_path / f"y{rows}.npy"), expected)
 
 
-def test_what_is_no_artifact_is_said_to_be_none():
+def test_every_flipped_bit_and_every_missing_byte_of_an_artifact_is_noticed(tmp_path):
     model, variables = quantized("int8")
     blob = mp.export(model, variables, X, platforms=("cpu",))
-    for bad in (b"", b"not a program", blob[: len(blob) // 2], blob[::-1]):
-        with pytest.raises(ValueError, match=f"these {len(bad)} bytes are no program"):
+    path = tmp_path / "model.bin"
+    rng = np.random.default_rng(0)
+    bits = [*rng.integers(0, 8 * len(blob), 200), *range(8 * len(blob) - 160, 8 * len(blob))]
+    for bit in bits:
+        bad = bytearray(blob)
+        bad[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(mp.ModelFileError, match=f"`blob` of {len(blob)} bytes .*damaged"):
+            mp.load_exported(bytes(bad))
+    for length in (0, 1, 19, 20, len(blob) // 2, len(blob) - 20, len(blob) - 1):
+        path.write_bytes(blob[:length])
+        with pytest.raises(mp.ModelFileError, match=f"{path} .*cut short.*export the model, again"):
+            mp.load_exported(path)
+    path.write_bytes(blob)
+    expected = jax.jit(model.apply)(variables, X)
+    for whole in (path, str(path), bytearray(blob)):
+        np.testing.assert_array_equal(mp.load_exported(whole)(X), expected)
+
+
+def test_what_is_no_artifact_is_said_to_be_none(tmp_path):
+    for bad in (b"", b"not a program", bytes(1000)):
+        with pytest.raises(mp.ModelFileError, match=f"{len(bad)} bytes does not end in the checks"):
             mp.load_exported(bad)
-    with pytest.raises(TypeError, match="`blob` must be the bytes"):
-        mp.load_exported("model.bin")  # pyright: ignore[reportArgumentType]
+    for bad in (7, None, [b""]):
+        with pytest.raises(TypeError, match="`blob` must be the bytes"):
+            mp.load_exported(bad)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(FileNotFoundError, match=r"model\.bin"):
+        mp.load_exported(tmp_path / "model.bin")
+
+
+def test_an_artifact_of_jax_export_itself_has_no_checksum():
+    blob = jax_export.export(jax.jit(jnp.sin))(X).serialize()
+    with pytest.raises(mp.ModelFileError, match=r"loaded by jax\.export\.deserialize, unchecked"):
+        mp.load_exported(blob)
+
+
+def test_an_artifact_that_jax_cannot_read_is_not_called_damaged(monkeypatch):
+    model, variables = quantized("int8")
+    blob = mp.export(model, variables, X, platforms=("cpu",))
+
+    def refuse(_):
+        raise ValueError("calling convention version 99")
+
+    monkeypatch.setattr(jax_export, "deserialize", refuse)
+    with pytest.raises(mp.ModelFileError, match=r"is as mp\.export .*cannot read it .*version 99"):
+        mp.load_exported(blob)
+
+
+@pytest.mark.parametrize("weights", ["inside", "beside"])
+def test_the_program_is_called_like_the_model(weights):
+    model, variables = quantized("int8")
+    made = mp.export(model, variables, X, platforms=("tpu",), weights=weights)
+    blob, given = (made, ()) if weights == "inside" else (made[0], (made[1],))
+    with pytest.raises(ValueError, match="Function 'Net' was exported for platforms"):
+        mp.load_exported(blob)(*given, X)
 
 
 def test_bad_arguments_are_named_before_any_work():

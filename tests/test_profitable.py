@@ -321,3 +321,21 @@ def test_for_another_target_it_is_judged_there(tmp_path):
     assert isinstance(loaded["thin"]["kernel"], jax.Array)
     moved = mp.wrap(MLP(), mp.load_policy(path), target="v6e").policy
     assert (moved.mode, moved.profitable_on.name) == ("int8", "v6e")
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1.5, "8"])
+def test_a_call_of_an_nnx_model_has_rows(rows):
+    model = mp.wrap(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), "int8_from_float32")
+    with pytest.raises(ValueError, match=f"at least 1. Received: rows={rows!r}; left out"):
+        mp.quantize(model, rows=rows)
+    assert isinstance(mp.quantize(model, rows=np.int64(1)).kernel.get_raw_value(), mk.QTensor)
+
+
+def test_a_linen_call_without_rows_decides_nothing():
+    x = jnp.ones((0, 8))
+    variables = nn.Dense(8).init(jax.random.key(0), x)
+    model = mp.wrap(nn.Dense(8), "int8_from_float32", target="v6e", when="profitable")
+    with pytest.raises(ValueError, match=r"no rows \(an array of shape \(0, 8\)\), and by their"):
+        mp.quantize(model, variables, x)
+    model = mp.wrap(nn.Dense(8), "int8_from_float32")
+    assert isinstance(mp.quantize(model, variables, x)["params"]["kernel"], mk.QTensor)

@@ -321,7 +321,7 @@ def flat_arrays(tree):
     }
 
 
-def test_an_nnx_model_lets_its_floats_go_as_they_are_quantized():
+def test_a_donated_nnx_model_lets_its_floats_go_as_they_are_quantized():
     model = nnx_model()
     kept = model.blocks[0].kernel.get_raw_value()
     mp.quantize(model)
@@ -392,8 +392,8 @@ def test_freed_memory_goes_back_to_the_system():
     assert before - resident() > 50_000_000 and len(kept) == 1
 
 
-def test_an_nnx_model_whose_quantization_is_stopped_half_way_says_so(monkeypatch):
-    model = mp.wrap(NetNNX(nnx.Rngs(0)), INT8)
+def stop_at_the_second_weight(monkeypatch):
+    """Ctrl-C while a weight is quantized."""
     quantize_weight, seen = mpjax.nnx._quantize.quantize_weight, []
 
     def stopped(value, stored, product, path):
@@ -403,8 +403,50 @@ def test_an_nnx_model_whose_quantization_is_stopped_half_way_says_so(monkeypatch
         return quantize_weight(value, stored, product, path)
 
     monkeypatch.setattr(mpjax.nnx._quantize, "quantize_weight", stopped)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8_static"])
+def test_an_nnx_model_whose_quantization_is_stopped_half_way_is_as_it_was(monkeypatch, mode):
+    model = mp.wrap(NetNNX(nnx.Rngs(0)), f"{mode}_from_float32")
+    calibration = [jnp.ones((2, 8))] if mode == "int8_static" else None
+    before = flat_arrays(nnx.as_pure(nnx.state(model)))
+    with monkeypatch.context() as patch:
+        stop_at_the_second_weight(patch)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            mp.quantize(model, calibration=calibration)
+    assert not hasattr(caught.value, "__notes__")
+    after = flat_arrays(nnx.as_pure(nnx.state(model)))
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
+    expected = mp.wrap(NetNNX(nnx.Rngs(0)), f"{mode}_from_float32")
+    again, expected = (mp.quantize(each, calibration=calibration) for each in (model, expected))
+    assert_trees_equal(nnx.as_pure(nnx.state(again)), nnx.as_pure(nnx.state(expected)))
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_values_are_put_into_an_nnx_model_all_or_none(monkeypatch, at):
+    model = mp.wrap(NetNNX(nnx.Rngs(0)), INT8)
+    before = flat_arrays(nnx.as_pure(nnx.state(model)))
+    set_raw_value, count = nnx.Variable.set_raw_value, iter(range(100))
+
+    def stopped(self, value):
+        set_raw_value(self, value)
+        if next(count) == at:
+            raise KeyboardInterrupt
+
+    values = {name: jnp.zeros(x.shape) for name, x in before.items()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nnx.Variable, "set_raw_value", stopped)
+        mpjax.nnx._quantize.put_values(model, values)
+    after = flat_arrays(nnx.as_pure(nnx.state(model)))
+    assert len(after) > 3 and all(after[name] is before[name] for name in before)
+
+
+def test_a_donated_nnx_model_that_is_stopped_half_way_says_so(monkeypatch):
+    model = mp.wrap(NetNNX(nnx.Rngs(0)), INT8)
+    seen = stop_at_the_second_weight(monkeypatch)
     with pytest.raises(KeyboardInterrupt) as caught:
-        mp.quantize(model)
+        mp.quantize(model, donate=True)
     (note,) = caught.value.__notes__
     assert "after 1 of 2 weights" in note and repr(seen[0]) in note and "make the model" in note
     assert isinstance(model.blocks[0].kernel.get_raw_value(), mk.QTensor)

@@ -1,5 +1,6 @@
 """`mp.save` and `mp.load`: bit for bit, straight to the devices, whole or not at all."""
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 X = jax.random.normal(jax.random.key(7), (2, 8))
 W = jax.random.normal(jax.random.key(1), (8, 6))
 BITS = np.arange(256, dtype=np.uint8)
+INT8, KEY = "int8_from_float32", jax.random.key(0)
 
 
 MESH = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -470,6 +472,98 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder: give the path of the file"):
         mp.save(tmp_path, {"a": x})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_policy_that_the_weights_were_not_quantized_under_is_not_saved(tmp_path):
+    path, x = tmp_path / "m", jnp.ones((2, 8))
+    linen = mp.wrap(nn.Sequential([nn.Dense(8), nn.Dense(8)]), INT8)
+    variables = mp.quantize(linen, linen.init(KEY, x), x)
+    for policy, asked in [
+        ("int4/4_from_float32", "'int4/4_from_float32' asks for int4"),
+        ("mixed_bfloat16", "'mixed_bfloat16' asks for floats"),
+        (
+            mp.DTypePolicyMap(INT8, {"layers_0": "float8/row_from_float32"}),
+            "asks for float8_e4m3fn",
+        ),
+    ]:
+        name = "params/layers_0/kernel: stored in int8, but "
+        with pytest.raises(ValueError, match=f"(?s){name}.*{asked}.*model.policy"):
+            mp.save(path, variables, policy=policy)
+    assert not path.exists()
+    mixed = mp.DTypePolicyMap("int8_weight_only_from_float32", {"layers_1": INT8})
+    for policy in (INT8, mixed, "auto8_from_float32", None):
+        mp.save(path, variables, policy=policy)
+    int4 = mp.quantize(mp.wrap(nn.Dense(8), "int4/4_from_float32"), nn.Dense(8).init(KEY, x), x)
+    with pytest.raises(ValueError, match="'auto8_from_float32' asks for int8 or float8_e4m3fn"):
+        mp.save(path, int4, policy="auto8_from_float32")
+    model = mp.wrap(mp.quantize(nnx_model()), "int4/4_from_float32")
+    with pytest.raises(ValueError, match=r"(?s)first/kernel: stored in int8, but 'int4/4.*NNX: wr"):
+        mp.save(path, model)
+    mp.save(path, mp.wrap(model, "int8_weight_only_from_float32"))
+
+
+def test_a_layer_that_was_wrapped_by_itself_is_saved_under_a_map(tmp_path):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner = mp.wrap(nn.Dense(8, parent=None), "int4/4_from_float32")
+            return inner(nn.Dense(8, name="first")(x))
+
+    path, x = tmp_path / "m", jnp.ones((2, 8))
+    model = mp.wrap(Net(), INT8)
+    variables = mp.quantize(model, model.init(KEY, x), x)
+    with pytest.raises(
+        ValueError, match="(?s)params/Dense_0/kernel: stored in int4.*DTypePolicyMap"
+    ):
+        mp.save(path, variables, policy=model.policy)
+    policy = mp.DTypePolicyMap(model.policy, {"Dense_0": "int4/4_from_float32"})
+    mp.save(path, variables, policy=policy)
+    served = mp.wrap(Net(), mp.load_policy(path))
+    assert_same(served.apply(mp.load(path), x), model.apply(variables, x))
+
+
+def test_the_cache_of_an_nnx_model_is_loaded_too(tmp_path):
+    def attention(cache):
+        policy = mp.DTypePolicy("mixed_bfloat16", kv_cache=cache)
+        layer = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
+        mp.wrap(layer, policy).init_cache((1, 4, 8))
+        return layer
+
+    model = attention("int8")
+    model(jnp.ones((1, 1, 8)))
+    path = mp.save(tmp_path / "m", model)
+    loaded = mp.load(path, attention("int8"))
+    assert_same(nnx.as_pure(nnx.state(loaded)), nnx.as_pure(nnx.state(model)))
+    unchanged(
+        attention("float8"), path, r"cached_key: QTensor\(int8.* in the file, QTensor\(float8"
+    )
+    unchanged(attention(None), path, r"cached_key: QTensor\(int8.* in the file, float32")
+
+
+@pytest.mark.parametrize("given", [None, b"model", {"params": 1}, 7])
+def test_what_is_no_path_is_said_to_be_none(given):
+    match = f"is a {type(given).__name__}, but should be a path: a str or a pathlib.Path"
+    for load in (mp.load, mp.load_policy, mp.load_safetensors, mp.open_weights):
+        with pytest.raises(TypeError, match=f"`path` {match}"):
+            load(given)
+    for call in (mp.latest_step, lambda path: mp.restore_checkpoint(path, {})):
+        with pytest.raises(TypeError, match=f"`directory` {match}"):
+            call(given)
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_was_there_stays(tmp_path, monkeypatch):
+    path = mp.save(tmp_path / "m", {"a": jnp.zeros(3)})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as error:
+        patch.setattr(os, "fsync", full)
+        mp.save(path, {"a": jnp.ones(3)})
+    assert error.value.__notes__ == [
+        f"{path} could not be written; what was there before is as it was"
+    ]
+    assert mp.load(path)["a"].tolist() == [0, 0, 0] and os.listdir(tmp_path) == ["m"]
 
 
 def rewritten(path, change):

@@ -5,6 +5,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from ._trace import explained
+
 
 def as_function(
     model: nn.Module, variables: Any, *args: Any
@@ -19,4 +21,9 @@ def as_function(
             "`variables` must be what mp.quantize or `init` returned, a dict with 'params', but "
             f"got {type(variables).__name__}: call mp.export(model, variables, x)"
         )
-    return model.apply, variables, args
+
+    def function(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        with explained(model, args, kwargs):
+            return model.apply(variables, *args, **kwargs)
+
+    return function, variables, args

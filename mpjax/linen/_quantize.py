@@ -1,7 +1,7 @@
 """`quantize` and `layer_policies` for Linen: trace one call, and see which layers it meets."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from flax.core import FrozenDict, freeze, meta, unfreeze
 from .._calibrated import Calibrated, round_weight
 from .._calibration import Calibration
 from .._calibration_batches import first_and_all
-from .._context import Observation, Product, observe
+from .._context import Observation, Product
 from .._lazy_array import abstract, is_lazy, on_device
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
@@ -26,12 +26,21 @@ from .._quantization_report import (
     left_weight,
     quantized_weight,
 )
-from .._quantize import check_donated, check_finite, packed, quantize_weight, release
+from .._quantize import (
+    check_donated,
+    check_finite,
+    is_profitable_only,
+    packed,
+    quantize_weight,
+    release,
+)
 from .._stored import CannotStoreError, stored_of
+from .._wrap import policies_of
 from ._calibrate import calibrate, refuse_mutable, with_scales
 from ._partitioned import boxed_like
 from ._reached import check_reached
 from ._states import COLLECTION
+from ._trace import call_of, explained, trace
 from ._wrap import policy_of
 
 
@@ -57,6 +66,7 @@ def quantize(
             trace(model, variables, *first.args, **first.kwargs)  # before it is run
         else:
             args, kwargs = first
+    _check_rows(model, args, kwargs)
     shapes = abstract(variables)
     observation = trace(model, shapes, *args, **kwargs)
     check_reached(model, variables["params"], observation)
@@ -71,6 +81,20 @@ def quantize(
         calibrated = calibrate(calibration, batches, model, variables, observation)
     quantized, report = _store(calibrated, model, variables, observation, donate, prepack)
     return freeze(quantized) if is_frozen else quantized, report
+
+
+def _check_rows(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for a call without rows, where layers are judged by their number."""
+    if not any(map(is_profitable_only, policies_of(policy_of(model)))):
+        return
+    shapes = [x.shape for x in jax.tree.leaves((args, dict(kwargs))) if hasattr(x, "shape")]
+    shapes = [shape for shape in shapes if shape]
+    if shapes and all(0 in shape for shape in shapes):
+        raise ValueError(
+            f"the call that mp.quantize was given has no rows (an array of shape {shapes[0]}), and "
+            "by their number when='profitable' decides which layers to quantize: give arrays, or "
+            "shapes, of the size that calls of the model will have"
+        )
 
 
 def _store(
@@ -148,7 +172,7 @@ def _left(model: nn.Module, observation: Observation, name: str, leaf: Any) -> Q
 def _check_applies(model: nn.Module, quantized: Any, *args: Any, **kwargs: Any) -> None:
     """Traces the model once more, on what it will be given from now on."""
     try:
-        jax.eval_shape(*_call(model, quantized, *args, **kwargs))
+        jax.eval_shape(*call_of(model, quantized, *args, **kwargs))
     except (NotImplementedError, TypeError, ValueError, errors.FlaxError) as error:
         raise NotImplementedError(
             f"{type(model).__name__} cannot apply the weights that were quantized for it: {error} "
@@ -168,48 +192,6 @@ def _check_variables(variables: Any, call: str) -> Mapping[str, Any]:
         "`variables` must be what `init` returned, a dict with 'params', "
         f"but got {got}: call {call}"
     )
-
-
-def trace(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Observation:
-    """Traces one `apply` by `jax.eval_shape` and returns what its layers reported."""
-    with observe() as observation:
-        try:
-            _trace(lambda: jax.eval_shape(*_call(model, variables, *args, **kwargs)), model)
-        except TypeError as error:
-            if not args and not kwargs:
-                error.add_note(
-                    "a Linen model meets its layers in a call, so give the arguments of one, or "
-                    "their shapes: mp.quantize(model, variables, x)"
-                )
-            raise
-    return observation
-
-
-def _call(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """A function of variables and array arguments alone, then those; flags stay Python's."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
-
-    def apply(variables: Any, arrays: Mapping[int, Any]) -> Any:
-        call = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(treedef, call)
-        return model.apply(variables, *args, **kwargs)
-
-    return apply, variables, arrays
-
-
-def _trace(run: Callable[[], Any], model: nn.Module) -> None:
-    try:
-        run()
-    except (
-        errors.ScopeParamNotFoundError,
-        errors.ScopeCollectionNotFound,
-        errors.ScopeParamShapeError,
-    ) as error:
-        raise ValueError(
-            f"these variables do not fit {type(model).__name__}: {error} Are they the parameters "
-            "of another model?"
-        ) from error
 
 
 def _replace(
@@ -273,12 +255,7 @@ def init_scaling(
     variables = _check_variables(variables, "mp.init_scaling(model, variables, x)")
     without = {name: value for name, value in variables.items() if name != COLLECTION}
     kwargs = {**kwargs, "mutable": [COLLECTION]}
-    shapes: Any = {}
-
-    def run() -> None:
-        nonlocal shapes
-        _, shapes = jax.eval_shape(*_call(model, without, *args, **kwargs))
-
-    _trace(run, model)
+    with explained(model, args, kwargs):
+        _, shapes = jax.eval_shape(*call_of(model, without, *args, **kwargs))
     states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), unfreeze(shapes))
     return {**without, **states}

@@ -104,7 +104,9 @@ def container_class(base: Any, policy: DTypePolicy) -> type:
 
 
 def _subclass(base: type, namespace: dict[str, Any], **keywords: Any) -> type:
-    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    # Flax' messages tell two classes apart by this name only.
+    namespace |= {"__qualname__": f"{base.__qualname__} (wrapped by mp.wrap)"}
+    namespace |= {"__module__": base.__module__}
     namespace |= {"__doc__": base.__doc__, "__annotations__": {}}
     return types.new_class(base.__name__, (base,), keywords, lambda ns: ns.update(namespace))
 

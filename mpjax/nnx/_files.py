@@ -9,6 +9,7 @@ from flax import nnx
 from .._adapters import POLICY
 from .._checkpoint_leaves import committed
 from .._file_header import LeafRecord
+from .._file_policy import WEIGHTS, difference
 from .._paths import join
 from .._prescaled import is_stored
 from .._scaling import ScalingState
@@ -33,6 +34,16 @@ def variables_of(model: nnx.Module) -> dict[Path, Any]:
     }
 
 
+def stored_differences(model: nnx.Module) -> Iterator[str]:
+    """How the weights of a model are stored otherwise than its policy asks, one line each."""
+    modules = _modules(model)
+    for path, variable in variables_of(model).items():
+        if isinstance(variable, nnx.Param) and path[-1] in WEIGHTS:
+            policy = _policy_at(modules, path)
+            line = difference(join(path), variable.get_raw_value(), policy)
+            yield from () if line is None else (line,)
+
+
 def differences(model: nnx.Module, leaves: Sequence[LeafRecord]) -> Iterator[str]:
     """Why the leaves of a file cannot be the values of a model's variables, one line each."""
     policy_of(model)
@@ -48,10 +59,11 @@ def differences(model: nnx.Module, leaves: Sequence[LeafRecord]) -> Iterator[str
             yield f"{name}: absent from the file, {_text(ours)} in the model"
             continue
         theirs = saved[path].abstract
-        if _form(theirs) != _form(ours):
+        is_weight = isinstance(variables[path], nnx.Param)
+        if _form(theirs) != _form(ours) or (not is_weight and _format(theirs) != _format(ours)):
             yield f"{name}: {_text(theirs)} in the file, {_text(ours)} in the model"
-        elif is_stored(theirs):
-            policy = modules[max((p for p in modules if path[: len(p)] == p), key=len)]
+        elif is_weight and is_stored(theirs):
+            policy = _policy_at(modules, path)
             stored = stored_of(policy)
             if stored is None or stored.format != theirs.format.name:
                 yield (
@@ -88,6 +100,16 @@ def _modules(model: nnx.Module) -> dict[Path, Any]:
         for path, node in nnx.iter_graph(model)
         if hasattr(type(node), POLICY)
     }
+
+
+def _policy_at(modules: Mapping[Path, Any], path: Path) -> Any:
+    """The policy of the layer that has a variable."""
+    return modules[max((p for p in modules if path[: len(p)] == p), key=len)]
+
+
+def _format(value: Any) -> str | None:
+    """What the values of a cache are stored in; None of what is not stored."""
+    return value.format.name if is_stored(value) else None
 
 
 def _form(value: Any) -> Any:

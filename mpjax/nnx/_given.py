@@ -51,10 +51,16 @@ def _differences(variables: Mapping[str, Any], values: Mapping[str, Any]) -> Ite
 
 
 def put_values(model: nnx.Module, values: Mapping[str, Any]) -> None:
-    """Sets the values of variables by path."""
+    """Sets the values of variables by path; all of them, or none if that is stopped."""
     variables = _by_name(model) if values else {}
-    for name, value in values.items():
-        variables[name].set_raw_value(value)
+    before = {name: variables[name].get_raw_value() for name in values}
+    try:
+        for name, value in values.items():
+            variables[name].set_raw_value(value)
+    except BaseException:
+        for name, value in before.items():
+            variables[name].set_raw_value(value)
+        raise
 
 
 def _by_name(model: nnx.Module) -> dict[str, Any]:

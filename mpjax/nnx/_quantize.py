@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import difflib
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,6 @@ from .._conv_transpose import QuantizedConvTranspose
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
-from .._prescaled import is_stored
 from .._products import QuantizedDotGeneral, QuantizedEinsum
 from .._quantization_report import (
     QuantizationReport,
@@ -38,11 +39,13 @@ from .._quantize import (
 )
 from .._roofline import ProductSize, why_plain
 from .._stored import CannotStoreError, Stored, stored_of
-from ._calibrate import calibrate, check_runs, scales_of, scaling_of
+from ._calibrate import calibrate, check_runs, scales_of
 from ._given import given_values, put_values
 from ._rules import NORMS
+from ._states import outside_of_traces
 from ._wrap import author_dtype
 
+_KEYWORDS = ("calibration", "method", "observer", "progress", "return_report", "donate", "rows")
 _MANY = 2**20  # rows of an input, where a call says nothing of them: the weight hardly counts
 
 
@@ -57,11 +60,9 @@ def quantize(
     **kwargs: Any,
 ) -> tuple[nnx.Module, QuantizationReport]:
     """See `mpjax.quantize`; returns the report in any case."""
-    if (
-        args
-        or (kwargs and calibration is None)
-        or not (weights is None or isinstance(weights, Mapping))
-    ):
+    if kwargs and calibration is None:
+        raise TypeError(_unknown(kwargs))
+    if args or not (weights is None or isinstance(weights, Mapping)):
         raise TypeError(
             "an NNX model holds its weights and knows its layers: call mp.quantize(model) with "
             "nothing else, or with nested dicts of the weights to give it"
@@ -71,6 +72,7 @@ def quantize(
             "`calibration` runs the model, which has no weights yet: give them to it first, or "
             "leave one of `calibration` and the weights out"
         )
+    rows = _MANY if rows is None else _checked(rows)
     given = {} if weights is None else given_values(model, weights)
     report: list[QuantizedWeight] = []
     plans: list[_Plan] = []
@@ -94,26 +96,48 @@ def quantize(
     calibrated = None
     if calibration is not None and plans:
         calibrated = _calibrated(calibration, model, plans, kwargs)
+    goes = donate and weights is None  # each float weight as it is quantized; else none before all
     made: dict[str, Any] = {}
-    with _half_done(model, plans):
+    with outside_of_traces("mp.quantize"), _half_done(model, made if goes else {}, len(plans)):
         for plan in plans:
             value = given.pop(plan.path, plan.weight.get_raw_value())
             quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
             quantized = packed(quantized, plan.stored, plan.product) if prepack else quantized
             report[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
+            if goes:
+                plan.weight.set_raw_value(quantized)
+            made[plan.path] = quantized
             if donate:
                 release(value)
-            if weights is None:
-                plan.weight.set_raw_value(quantized)  # and the floats go, if no one else has them
-            else:
-                made[plan.path] = quantized  # a file that turns out damaged leaves it too
-    if calibrated is not None:
-        stored_as = {plan.path: plan.weight.get_raw_value() for plan in plans}
-        scales = scales_of(calibrated, stored_as)
-        for path, variable in scaling_of(model).items():
-            variable.set_raw_value(scales[path])
-    put_values(model, {**{path: on_device(value) for path, value in given.items()}, **made})
+        scales = {} if calibrated is None else scales_of(calibrated, made)
+        rest = {path: on_device(value) for path, value in given.items()}
+        put_values(model, {**rest, **made, **scales})
     return model, QuantizationReport(tuple(report))
+
+
+def _unknown(kwargs: Mapping[str, Any]) -> str:
+    """What is wrong with keyword arguments of no model's call."""
+    name = next(iter(kwargs))
+    nearest = difflib.get_close_matches(name, _KEYWORDS, n=1)
+    meant = f"; did you mean `{nearest[0]}`?" if nearest else ""
+    return (
+        f"mp.quantize of an NNX model takes no `{name}`, but {', '.join(_KEYWORDS)}; and what its "
+        f"calls take where there is a calibration{meant}"
+    )
+
+
+def _checked(rows: Any) -> int:
+    """How many rows a call has, if it is a number of rows."""
+    try:
+        number = operator.index(rows)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(
+            f"`rows` is how many rows of input a call of the model has, at least 1. Received: "
+            f"rows={rows!r}; left out, they are very many"
+        )
+    return number
 
 
 def _calibrated(
@@ -147,17 +171,17 @@ def _check_before_work(plans: Sequence["_Plan"], given: Mapping[str, Any], donat
 
 
 @contextlib.contextmanager
-def _half_done(model: nnx.Module, plans: Sequence["_Plan"]) -> Iterator[None]:
-    """Whatever stops the work says which weights have changed, whose floats may be gone."""
+def _half_done(model: nnx.Module, done: Mapping[str, Any], of: int) -> Iterator[None]:
+    """Whatever stops the work says which weights have changed, whose floats are gone."""
     try:
         yield
     except BaseException as error:
-        done = [p.path for p in plans if is_stored(p.weight.get_raw_value())]
         if done:
             error.add_note(
-                f"mp.quantize stopped after {len(done)} of {len(plans)} weights of this "
-                f"{type(model).__name__}, the last of them {done[-1]!r}, which stay quantized: "
-                "make the model anew from its float weights"
+                f"mp.quantize(..., donate=True) stopped after {len(done)} of {of} weights of this "
+                f"{type(model).__name__}, the last of them {list(done)[-1]!r}, which stay "
+                "quantized: make the model anew from its float weights. Without donate=True a "
+                "model stays as it was"
             )
         raise
 
@@ -225,9 +249,7 @@ def _product_of(layer: Any, weight: Any, path: str) -> tuple[Product | None, Sto
     return Product(name, shape[len(shape) - ndim :], contracting, is_conv, batch), stored, ""
 
 
-def _why_plain(
-    layer: Any, product: Product, stored: Stored, value: Any, rows: int | None
-) -> str | None:
+def _why_plain(layer: Any, product: Product, stored: Stored, value: Any, rows: int) -> str | None:
     """Why a weight is not worth storing for so many rows of its layer's input, if it is not."""
     policy = getattr(type(layer), POLICY)
     if policy.profitable_on is None or stored.activation is None or isinstance(layer, nnx.Embed):
@@ -236,7 +258,6 @@ def _why_plain(
     terms = math.prod(shape[axis] for axis in summed)
     window = math.prod(shape[axis] for axis in summed[:-1]) if product.is_conv else 1
     batch = math.prod(shape[axis] for axis in product.batch)
-    rows = _MANY if rows is None else rows
     weight = math.prod(shape)
     size = ProductSize(rows * batch * terms // window, weight, rows * weight // terms, terms)
     return why_plain(

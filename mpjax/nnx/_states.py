@@ -6,12 +6,13 @@
 `nnx.Param`, they are no business of an optimizer, and a call of the model only reads them.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import errors, nnx
 
 from .._attention import QuantizedAttention
 from .._observed import ObservedScaling, ObservedWeight
@@ -126,6 +127,19 @@ def attach(layer: Any, recipe: Recipe, prefixes: Sequence[str]) -> None:
             same = old is not None and _structure(old.get_value()) == _structure(state)
             states[full_name] = old if same else Scaling(state)
     setattr(layer, ATTRIBUTE, nnx.Dict(states))
+
+
+@contextlib.contextmanager
+def outside_of_traces(name: str) -> Iterator[None]:
+    """Explains Flax' refusal to change a module within a trace that it comes into from outside."""
+    try:
+        yield
+    except errors.TraceContextError as error:
+        error.add_note(
+            f"{name} changes an NNX model in place, and this one was made outside of the function "
+            f"that JAX is tracing: call {name} before that function"
+        )
+        raise
 
 
 def detach(layer: Any) -> None:

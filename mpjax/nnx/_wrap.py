@@ -23,7 +23,7 @@ from ._classes import (
 )
 from ._graph import own_containers, own_variables
 from ._rules import rule_of
-from ._states import attach, detach, prefixes_of
+from ._states import attach, detach, outside_of_traces, prefixes_of
 
 
 def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
@@ -50,12 +50,13 @@ def wrap(module: nnx.Module, policy: Any, *, strict: bool) -> nnx.Module:
             else:
                 decision = of_author(policy, join(path), own)
                 set_class(each, marked_class(base_class(each), decision))
+        with outside_of_traces("mp.wrap"):
+            for path, each in modules.items():
+                _give_states(each, resolved[path])
     except BaseException:  # a user's rule may raise anything: the module is as it was
         for each, cls in before:
             set_class(each, cls)
         raise
-    for path, each in modules.items():
-        _give_states(each, resolved[path])
     kept = [join(path) for path, m in modules.items() if _parameters(m) and author_dtype(m)]
     if kept and len(kept) == sum(1 for m in modules.values() if _parameters(m)):
         warnings.warn(no_effect_message(name, kept), stacklevel=3)
