@@ -1,6 +1,5 @@
 """The training example: its table and its plot, and that a run survives whatever stops it."""
 
-import importlib
 import itertools
 import json
 import os
@@ -21,14 +20,6 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_float8.py"
 FLOAT16, FLOAT8 = "mixed_float16", "float8_from_mixed_bfloat16"
 TINY = ("--quick", "--policies", FLOAT8)
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a file of the example by its name, as the script beside it would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")
