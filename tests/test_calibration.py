@@ -339,7 +339,7 @@ class Counting(nn.Module):
     def __call__(self, x, scale=None, *, double=False):
         Counting.traces += 1
         x = x if scale is None else x * scale
-        return nn.Dense(64, use_bias=False)(2 * x if double else x)
+        return nn.Dense(64, use_bias=False)(2 * x if double is True else x)
 
 
 def test_a_batch_is_an_array_a_tuple_or_a_dict():
@@ -357,6 +357,8 @@ def test_a_batch_is_an_array_a_tuple_or_a_dict():
             {"method": lambda m, x, scale: m(x, scale, double=True)},
             6 * top,
         ),
+        # What is no array may differ from batch to batch, in its type alone too.
+        ([{"x": INPUTS, "double": value} for value in (False, 1, True)], {}, 2 * top),
     ]:
         quantized = mp.quantize(model, {"params": params}, calibration=batches, **options)
         scale = quantized["scaling"]["Dense_0"]["input"].scale
