@@ -103,6 +103,19 @@ def test_delayed_states_get_the_scale_in_their_history():
         assert_trees_equal(quantized["scaling"][name], trained["scaling"][name])
 
 
+def test_inputs_of_zeros_alone_change_no_scale_and_no_rounding():
+    zeros = [np.zeros_like(INPUTS)]
+    model, variables = dense("int8_static")
+    known = mp.quantize(model, variables, calibration=BATCHES)["scaling"]
+    again = mp.quantize(model, {**variables, "scaling": known}, calibration=zeros)
+    assert_trees_equal(again["scaling"], known)
+    model, variables = dense("int4/64")
+    options = {"calibration": zeros, "method": "gptq", "return_report": True}
+    quantized, report = mp.quantize(model, variables, **options)
+    assert_trees_equal(quantized["params"], mp.quantize(model, variables, INPUTS)["params"])
+    assert "no input of it but zeros was seen" in str(report)
+
+
 class Shared(nn.Module):
     @nn.compact
     def __call__(self, x):
