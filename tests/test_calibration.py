@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import weakref
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 
 import mpjax as mp
 import mpjax_kernels as mk
+from mpjax._input_statistics import RowSample
 from mpjax._prescaled import PreScaledWeight
 from mpjax._safetensors import open_safetensors
 from tests.helpers import assert_trees_equal
@@ -214,6 +216,23 @@ def test_smoothing_static_activations_takes_their_scale_after_it(observer):
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_smoothed_inputs_have_the_scale_of_all_rows_and_weights_keep_their_dtype():
+    """The largest input is in a row that is not among the 256 of 768 that SmoothQuant keeps."""
+    model, _ = dense("int8_static")
+    variables = {"params": {"kernel": jnp.asarray(WEIGHT, jnp.bfloat16)}}
+    rows = np.tile(INPUTS, (8, 1))
+    rows[700, 5] = 4 * max(AMAXES)
+    sample = RowSample()
+    kept = sample.result(sample.update(sample.init(128), jnp.asarray(rows)))
+    assert np.abs(kept).max() < rows[700, 5]
+    quantized = mp.quantize(model, variables, calibration=[rows], method="smoothquant")
+    weight, scale = quantized["params"]["kernel"], quantized["scaling"]["input"].scale
+    assert isinstance(weight, PreScaledWeight) and weight.dtype == jnp.bfloat16
+    smooth = rows * np.asarray(weight.pre_quant_scale).ravel()
+    assert np.abs(smooth[700]).max() == np.abs(smooth).max()
+    np.testing.assert_allclose(scale, np.abs(smooth).max() / 127, rtol=1e-6)
+
+
 def test_plain_rounding_is_kept_where_a_method_is_worse():
     """Weights on the grid of int8 are rounded exactly, whatever the inputs."""
     model, _ = dense("int8_weight_only")
@@ -376,6 +395,25 @@ def test_a_batch_is_an_array_a_tuple_or_a_dict():
         quantized = mp.quantize(model, {"params": params}, calibration=batches, **options)
         scale = quantized["scaling"]["Dense_0"]["input"].scale
         np.testing.assert_allclose(scale, amax / 127, rtol=1e-6)
+
+
+class Scaled(NamedTuple):
+    x: np.ndarray
+    scale: float
+
+
+class OfOneArgument(nn.Module):
+    @nn.compact
+    def __call__(self, scaled):
+        return nn.Dense(64, use_bias=False)(scaled.x * scaled.scale)
+
+
+def test_a_named_tuple_is_one_argument():
+    model = mp.wrap(OfOneArgument(), "int8_static_from_float32")
+    variables = {"params": {"Dense_0": {"kernel": jnp.asarray(WEIGHT)}}}
+    quantized = mp.quantize(model, variables, calibration=[Scaled(INPUTS, 3.0)])
+    scale = quantized["scaling"]["Dense_0"]["input"].scale
+    np.testing.assert_allclose(scale, 3 * max(AMAXES) / 127, rtol=1e-6)
 
 
 def test_one_batch_is_held_at_a_time_and_each_shape_is_traced_once():
