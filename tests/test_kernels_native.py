@@ -24,6 +24,7 @@ from tests.native_helpers import (
     ISAS,
     MATRIX,
     Case,
+    check_casts,
     elsewhere,
     here,
     integers,
@@ -83,6 +84,12 @@ def test_scales_are_applied_in_float32_and_the_result_is_cast_once(dtype):
     expected = ((lhs @ rhs).astype(np.float32) * rows * columns).astype(dtype)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_results_are_rounded_to_nearest_even(rows, dtype):
+    check_casts(dtype, rows, "float8_e4m3fn")
 
 
 def test_a_scale_that_only_both_make_small_does_not_underflow():
@@ -216,7 +223,7 @@ def best() -> str:
 ELSEWHERE = """
 import numpy as np, jax, jax.numpy as jnp, mpjax_kernels as mk
 from mpjax_kernels._native_library import native_refusal, _load
-from tests.native_helpers import Case, product, tensor
+from tests.native_helpers import Case, check_casts, product, tensor
 print(native_refusal() or native_refusal("int8") or _load()[0])
 if native_refusal():
     raise SystemExit
@@ -230,6 +237,8 @@ for case in (
     for formats in (("float8_e4m3fn", "float8_e5m2"), ("int8", "int8")):
         found = product(tensor(left, formats[0]), tensor(right, formats[1]), dims)
         np.testing.assert_array_equal(found, lhs @ rhs)
+        for dtype in ("bfloat16", "float16"):
+            check_casts(dtype, case.rows, formats[0])
     x = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)
     for format in ("float8_e4m3fn", "int8"):
         q = mk.quantize(x, format)
