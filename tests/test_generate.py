@@ -17,9 +17,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "generate.py"
 INT8 = mp.QuantizedDTypePolicy("int8", "mixed_bfloat16", kv_cache="int8")
 
-# What is shared here takes seconds: one worker makes it.
-pytestmark = pytest.mark.xdist_group("generate")
-
 
 @pytest.fixture(scope="module")
 def shape(example):

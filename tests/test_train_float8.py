@@ -13,9 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# What is shared here takes seconds: one worker makes it.
-pytestmark = pytest.mark.xdist_group("train_float8")
-
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_float8.py"
 FLOAT16, FLOAT8 = "mixed_float16", "float8_from_mixed_bfloat16"
