@@ -35,14 +35,15 @@ generate: .venv/demo.stamp
 sentence-encoder: .venv/encoder.stamp
 	$(BIN)/python examples/quantize_sentence_encoder.py $(ARGS)
 
-# Most of the time is LLVM's, compiling programs that run once: here it optimizes them less.
+# LLVM takes long for programs that run once: here it optimizes them less. The tests of a file share
+# programs, which one worker traces and compiles.
 test: .venv/dev.stamp
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1" \
-	  $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	  $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # Everything, as users compile it.
 test-all: .venv/dev.stamp
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not gpu_compile and not tpu_compile" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu_compile and not tpu_compile" $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-tpu test-gpu SLOW=1)
 
 # The native kernels under AddressSanitizer and UBSan, or with ARGS=thread ThreadSanitizer. The build hook

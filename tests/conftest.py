@@ -1,7 +1,9 @@
 """Shared fixtures. JAX reads XLA_FLAGS once, so they are set before it is imported."""
 
+import importlib
 import os
 import tempfile
+from pathlib import Path
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -36,6 +38,14 @@ def strict_promotion():
 def key():
     """A PRNG key, the same in every run."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Imports a file of `examples/` by its name, as the script beside it would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+        yield importlib.import_module
 
 
 @pytest.fixture(autouse=True)

@@ -175,18 +175,31 @@ class Built:
     found: mp.Explanation
 
 
-def cases(*targets: str) -> list[Any]:
-    """Parameters of a fixture: every work in both APIs, the slow ones marked."""
+def fixtures(*targets: str) -> tuple[Any, Any]:
+    """Fixtures: every program for these targets, and those whose weights are stored in 8 bits.
+
+    Every work in both APIs, the slow ones marked.
+    """
     every = [
         Case(target, api, work)
         for target in targets
         for work in (*TRAINED, "prefill", "decode")
         for api in ("linen", "nnx")
     ]
-    return [
+    return _built(every), _built([case for case in every if case.work not in TRAINED])
+
+
+def _built(cases: list[Case]) -> Any:
+    marked = [
         pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.is_slow else [])
-        for case in every
+        for case in cases
     ]
+
+    @pytest.fixture(params=marked)
+    def built(request):
+        return build(request.param)
+
+    return built
 
 
 @functools.cache

@@ -84,3 +84,35 @@ def elsewhere(program: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         check=False,
     )
+
+
+def check_casts(dtype: str, rows: int, format: str, array: str | None = None) -> None:
+    """Results are rounded to nearest even, or to infinity where `dtype` ends, and NaN stays NaN.
+
+    They are the integers up to 4095, digits to the base 8 times powers of it: of both signs, in
+    turn, and many of them halfway between two numbers of 16 bits. In the last columns the scale
+    makes them too large for float16, and is a NaN whose bits are all set.
+
+    Args:
+        dtype: of the result.
+        rows: of the left operand.
+        format: of the right one.
+        array: the dtype of the left one; None: its format is that of the right one.
+    """
+    numbers = np.arange(4096)
+    digits = numbers // np.asarray([[512], [64], [8], [1]]) % 8
+    powers = np.asarray([512, 64, 8, 1])
+    if array is None:  # int8 does not hold 512
+        digits[0], powers[0] = digits[0] * 8, 64
+    signs = np.where(np.arange(rows) % 2, -1, 1)[:, None]
+    scale = np.ones((1, 4096), np.float32)
+    scale[0, 4000:] = 32
+    scale[0, 4090:] = np.asarray(0x7FFFFFFF, np.uint32).view(np.float32)
+    rhs = mk.QTensor(jnp.asarray(digits, format), jnp.asarray(scale), np.dtype("float32"))
+    lhs = tensor(signs * powers, format) if array is None else jnp.asarray(signs * powers, array)
+    found = product(lhs, rhs, MATRIX, preferred_element_type=dtype)
+    with np.errstate(over="ignore"):
+        expected = (signs * numbers * scale).astype(jnp.dtype(dtype))
+    assert found.dtype == expected.dtype
+    # NumPy takes no NaN of bfloat16 for one.
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (found, expected)))

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import weakref
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 
 import mpjax as mp
 import mpjax_kernels as mk
+from mpjax._input_statistics import RowSample
 from mpjax._prescaled import PreScaledWeight
 from mpjax._safetensors import open_safetensors
 from tests.helpers import assert_trees_equal
@@ -101,6 +103,19 @@ def test_delayed_states_get_the_scale_in_their_history():
     np.testing.assert_allclose(state.scale, max(AMAXES) / 448 * 2, rtol=1e-6)
     for name in ("kernel", "output_grad"):
         assert_trees_equal(quantized["scaling"][name], trained["scaling"][name])
+
+
+def test_inputs_of_zeros_alone_change_no_scale_and_no_rounding():
+    zeros = [np.zeros_like(INPUTS)]
+    model, variables = dense("int8_static")
+    known = mp.quantize(model, variables, calibration=BATCHES)["scaling"]
+    again = mp.quantize(model, {**variables, "scaling": known}, calibration=zeros)
+    assert_trees_equal(again["scaling"], known)
+    model, variables = dense("int4/64")
+    options = {"calibration": zeros, "method": "gptq", "return_report": True}
+    quantized, report = mp.quantize(model, variables, **options)
+    assert_trees_equal(quantized["params"], mp.quantize(model, variables, INPUTS)["params"])
+    assert "no input of it but zeros was seen" in str(report)
 
 
 class Shared(nn.Module):
@@ -199,6 +214,23 @@ def test_smoothing_static_activations_takes_their_scale_after_it(observer):
     exact = INPUTS.astype(np.float64) @ WEIGHT
     errors = [relative_error(model.apply(each, INPUTS), exact) for each in (quantized, plain)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_smoothed_inputs_have_the_scale_of_all_rows_and_weights_keep_their_dtype():
+    """The largest input is in a row that is not among the 256 of 768 that SmoothQuant keeps."""
+    model, _ = dense("int8_static")
+    variables = {"params": {"kernel": jnp.asarray(WEIGHT, jnp.bfloat16)}}
+    rows = np.tile(INPUTS, (8, 1))
+    rows[700, 5] = 4 * max(AMAXES)
+    sample = RowSample()
+    kept = sample.result(sample.update(sample.init(128), jnp.asarray(rows)))
+    assert np.abs(kept).max() < rows[700, 5]
+    quantized = mp.quantize(model, variables, calibration=[rows], method="smoothquant")
+    weight, scale = quantized["params"]["kernel"], quantized["scaling"]["input"].scale
+    assert isinstance(weight, PreScaledWeight) and weight.dtype == jnp.bfloat16
+    smooth = rows * np.asarray(weight.pre_quant_scale).ravel()
+    assert np.abs(smooth[700]).max() == np.abs(smooth).max()
+    np.testing.assert_allclose(scale, np.abs(smooth).max() / 127, rtol=1e-6)
 
 
 def test_plain_rounding_is_kept_where_a_method_is_worse():
@@ -339,7 +371,7 @@ class Counting(nn.Module):
     def __call__(self, x, scale=None, *, double=False):
         Counting.traces += 1
         x = x if scale is None else x * scale
-        return nn.Dense(64, use_bias=False)(2 * x if double else x)
+        return nn.Dense(64, use_bias=False)(2 * x if double is True else x)
 
 
 def test_a_batch_is_an_array_a_tuple_or_a_dict():
@@ -357,10 +389,31 @@ def test_a_batch_is_an_array_a_tuple_or_a_dict():
             {"method": lambda m, x, scale: m(x, scale, double=True)},
             6 * top,
         ),
+        # What is no array may differ from batch to batch, in its type alone too.
+        ([{"x": INPUTS, "double": value} for value in (False, 1, True)], {}, 2 * top),
     ]:
         quantized = mp.quantize(model, {"params": params}, calibration=batches, **options)
         scale = quantized["scaling"]["Dense_0"]["input"].scale
         np.testing.assert_allclose(scale, amax / 127, rtol=1e-6)
+
+
+class Scaled(NamedTuple):
+    x: np.ndarray
+    scale: float
+
+
+class OfOneArgument(nn.Module):
+    @nn.compact
+    def __call__(self, scaled):
+        return nn.Dense(64, use_bias=False)(scaled.x * scaled.scale)
+
+
+def test_a_named_tuple_is_one_argument():
+    model = mp.wrap(OfOneArgument(), "int8_static_from_float32")
+    variables = {"params": {"Dense_0": {"kernel": jnp.asarray(WEIGHT)}}}
+    quantized = mp.quantize(model, variables, calibration=[Scaled(INPUTS, 3.0)])
+    scale = quantized["scaling"]["Dense_0"]["input"].scale
+    np.testing.assert_allclose(scale, 3 * max(AMAXES) / 127, rtol=1e-6)
 
 
 def test_one_batch_is_held_at_a_time_and_each_shape_is_traced_once():

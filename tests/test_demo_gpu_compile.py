@@ -21,8 +21,7 @@ from tests.demo_programs import (
     ROWS,
     SMALL,
     TRAINED,
-    build,
-    cases,
+    fixtures,
     in_memory,
     multiplied,
     train,
@@ -32,20 +31,8 @@ pytestmark = pytest.mark.gpu_compile
 
 E4M3, E5M2, INT8, BFLOAT16 = "float8_e4m3fn", "float8_e5m2", "int8", "bfloat16"
 NAMES = {"f8e4m3fn": E4M3, "f8e5m2": E5M2, "s8": INT8, "bf16": BFLOAT16}
-CASES = cases("h200")
-STORED = [each for each in CASES if each.values[0].work not in TRAINED]
+built, stored = fixtures("h200")
 QKV = {"query", "key", "value"}
-
-
-@pytest.fixture(params=CASES)
-def built(request):
-    return build(request.param)
-
-
-@pytest.fixture(params=STORED)
-def stored(request):
-    """Those whose weights are stored in 8 bits."""
-    return build(request.param)
 
 
 def expected(work: str) -> Counter:

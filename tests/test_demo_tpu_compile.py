@@ -24,8 +24,7 @@ from tests.demo_programs import (
     TRAINED,
     WIDTH,
     Case,
-    build,
-    cases,
+    fixtures,
     in_memory,
     multiplied,
 )
@@ -35,21 +34,9 @@ pytestmark = pytest.mark.tpu_compile
 E4M3, E5M2, INT8, BFLOAT16 = "f8e4m3fn", "f8e5m2", "s8", "bf16"
 EIGHT_BITS = {"int8": INT8, "float8": E4M3}
 NAMES = {E4M3: "float8_e4m3fn", E5M2: "float8_e5m2", INT8: "int8", BFLOAT16: "bfloat16"}
-CASES = cases("v5e", "v6e", "tpu7x")
-STORED = [each for each in CASES if each.values[0].work not in TRAINED]
+built, stored = fixtures("v5e", "v6e", "tpu7x")
 PATHS = {"head", "block_0/up", "block_0/down"}
 PATHS |= {f"block_0/attention/{name}" for name in ("query", "key", "value", "out")}
-
-
-@pytest.fixture(params=CASES)
-def built(request):
-    return build(request.param)
-
-
-@pytest.fixture(params=STORED)
-def stored(request):
-    """Those whose weights are stored in 8 bits."""
-    return build(request.param)
 
 
 def expected(case: Case) -> tuple[Counter, Counter]:

@@ -1,6 +1,5 @@
 """The example that writes: what it chooses, that it compiles once, and what it refuses."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +16,6 @@ from tests.test_demo import environment
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "generate.py"
 INT8 = mp.QuantizedDTypePolicy("int8", "mixed_bfloat16", kv_cache="int8")
-
-# What is shared here takes seconds: one worker makes it.
-pytestmark = pytest.mark.xdist_group("generate")
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a file of the example by its name, as the script beside it would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """conv_general_dilated: exact sums, conformance of its implementations, derivatives, refusals."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -51,6 +52,7 @@ CASES = {
     "batch groups": ((4, 5, 6, 3), (3, 3, 3, 6), (1, 1), "SAME", {**NHWC, "batch_group_count": 2}),
     "no images": ((0, 5, 6, 3), (3, 3, 3, 6), (1, 1), "SAME", NHWC),
     "no features": ((2, 5, 6, 0), (3, 3, 0, 6), (1, 1), "SAME", NHWC),
+    "a kernel that does not fit, strided": ((2, 2, 6, 3), (3, 3, 3, 4), (3, 2), "VALID", NHWC),
     "a kernel that does not fit": ((2, 2, 6, 3), (3, 3, 1, 3), (1, 1), "VALID")
     + ({**NHWC, "feature_group_count": 3},),
 }
@@ -158,9 +160,10 @@ def test_every_implementation_conforms(name):
             if implementation == "reference":
                 bound = (terms + 3) * U * magnitude
             assert (np.abs(np.asarray(result, np.float64) - expected) <= bound).all()
-    if "cpu" not in names:
-        with pytest.raises(NotImplementedError, match="'cpu': .*: it takes"):
-            convolve(case, implementation="cpu")(q, r)
+    for refused in set(IMPLEMENTATIONS) - set(names):
+        reason = ".*: it takes" if refused == "cpu" or native_refusal("int8") is None else ""
+        with pytest.raises(NotImplementedError, match=f"'{refused}': {reason}"):
+            convolve(case, implementation=refused)(q, r)
 
 
 PLAIN = CASES["3x3"]
@@ -278,6 +281,17 @@ def test_a_native_convolution_is_one_call_of_patches():
     exported = jax.export.export(call)(q, r)
     assert "mpjax_int8_dot" not in exported.mlir_module()
     np.testing.assert_array_equal(exported.call(q, r), call(q, r))  # the same sums, and roundings
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_the_number_of_images_may_be_symbolic(implementation):
+    """It is no number that patches could be counted with."""
+    (images,) = jax.export.symbolic_shape("images")
+    q, r = mk.quantize(normal(*PLAIN[0])), mk.quantize(normal(*PLAIN[1]))
+    values = jax.ShapeDtypeStruct((images, *PLAIN[0][1:]), jnp.int8)
+    call = jax.jit(convolve(PLAIN, implementation=implementation))
+    exported = jax.export.export(call)(dataclasses.replace(q, values=values), r)
+    np.testing.assert_array_equal(exported.call(q, r), call(q, r))
 
 
 def test_the_native_form_says_what_it_does_not_take():

@@ -3,6 +3,7 @@
 The conformance suite runs them too, on every shape and pair of formats that they take.
 """
 
+import functools
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +24,7 @@ from tests.native_helpers import (
     ISAS,
     MATRIX,
     Case,
+    check_casts,
     elsewhere,
     here,
     integers,
@@ -82,6 +84,12 @@ def test_scales_are_applied_in_float32_and_the_result_is_cast_once(dtype):
     expected = ((lhs @ rhs).astype(np.float32) * rows * columns).astype(dtype)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_results_are_rounded_to_nearest_even(rows, dtype):
+    check_casts(dtype, rows, "float8_e4m3fn")
 
 
 def test_a_scale_that_only_both_make_small_does_not_underflow():
@@ -205,10 +213,17 @@ def test_refusals_say_why():
         product(mk.quantize(normal(4, 8)), mk.quantize(x, "float8_e4m3fnuz"), MATRIX)
 
 
+@functools.cache
+def best() -> str:
+    """The instruction set of a process that names none, as this one may."""
+    program = "import mpjax_kernels._native_library as n; print(n._load()[0])"
+    return elsewhere(program, MPJAX_NATIVE_ISA="").stdout.rstrip()
+
+
 ELSEWHERE = """
 import numpy as np, jax, jax.numpy as jnp, mpjax_kernels as mk
 from mpjax_kernels._native_library import native_refusal, _load
-from tests.native_helpers import Case, product, tensor
+from tests.native_helpers import Case, check_casts, product, tensor
 print(native_refusal() or native_refusal("int8") or _load()[0])
 if native_refusal():
     raise SystemExit
@@ -222,6 +237,8 @@ for case in (
     for formats in (("float8_e4m3fn", "float8_e5m2"), ("int8", "int8")):
         found = product(tensor(left, formats[0]), tensor(right, formats[1]), dims)
         np.testing.assert_array_equal(found, lhs @ rhs)
+        for dtype in ("bfloat16", "float16"):
+            check_casts(dtype, case.rows, formats[0])
     x = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)
     for format in ("float8_e4m3fn", "int8"):
         q = mk.quantize(x, format)
@@ -234,7 +251,7 @@ def test_other_instruction_sets_compute_the_same(isa):
     """All that this CPU has; what it has not is refused by name."""
     done = elsewhere(ELSEWHERE, MPJAX_NATIVE_ISA=isa)
     if done.stdout.startswith("the environment has MPJAX_NATIVE_ISA="):
-        assert f"the best here is {here()}, and there are " in done.stdout
+        assert f"the best here is {best()}, and there are " in done.stdout
         pytest.skip(f"this CPU has no {isa}")
     assert done.returncode == 0, done.stderr
     x = jnp.asarray(np.random.default_rng(1).standard_normal(1000), jnp.float32)
@@ -250,7 +267,7 @@ def test_an_instruction_set_that_there_is_not_is_refused_by_name():
     done = elsewhere(program, MPJAX_NATIVE_ISA="avx1024")
     assert done.stdout == (
         "the environment has MPJAX_NATIVE_ISA=avx1024, which is unknown: the best here is "
-        f"{here()}, and there are {', '.join(ISAS)}\n"
+        f"{best()}, and there are {', '.join(ISAS)}\n"
     )
 
 

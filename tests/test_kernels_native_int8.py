@@ -20,7 +20,7 @@ from mpjax_kernels._granularity import granularity
 from mpjax_kernels._native_library import native_refusal
 from mpjax_kernels._quantize import _Quantize, _QuantizeBy
 from tests.kernels_helpers import normal
-from tests.native_helpers import MATRIX, Case, product, tensor
+from tests.native_helpers import MATRIX, Case, check_casts, product, tensor
 from tests.test_kernels_native import cases
 
 pytestmark = pytest.mark.skipif(
@@ -84,6 +84,12 @@ def test_scales_are_applied_in_float32_and_the_result_is_cast_once(dtype, rows):
     expected = ((lhs @ rhs).astype(np.float32) * by_row * by_column).astype(dtype)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_results_are_rounded_to_nearest_even(rows, dtype):
+    check_casts(dtype, rows, "int8")
 
 
 @pytest.mark.parametrize("rows,columns", [(40, 3), (3, 40), (1, 40)])

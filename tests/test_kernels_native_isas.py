@@ -4,6 +4,11 @@ The kernels of a process are chosen when it starts, so each has its own. The cal
 are, without what `dot_general` does around them, which would take longer to compile.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +80,22 @@ def test_sums_of_int8_are_the_integers_in_2000_shapes(isa):
     if not found:
         pytest.skip(f"this CPU has no {isa}")
     assert found == isa and int(shapes) >= SHAPES
+
+
+NATIVE_TESTS = [str(path) for path in sorted(Path(__file__).parent.glob("test_kernels_native*.py"))]
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != here()])
+def test_all_tests_of_native_kernels_pass_by_every_instruction_set(isa):
+    found = elsewhere("from tests.native_helpers import here; print(here())", MPJAX_NATIVE_ISA=isa)
+    if found.stdout != f"{isa}\n":
+        pytest.skip(f"this CPU has no {isa}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *NATIVE_TESTS],
+        env=os.environ | {"MPJAX_NATIVE_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

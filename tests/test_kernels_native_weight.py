@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 import mpjax_kernels as mk
 from mpjax_kernels._native_library import FLOAT8, native_refusal
 from tests.kernels_helpers import U, normal
-from tests.native_helpers import ISAS, MATRIX, elsewhere, here, integers, product
+from tests.native_helpers import (
+    ISAS,
+    MATRIX,
+    check_casts,
+    elsewhere,
+    here,
+    integers,
+    product,
+)
 
 pytestmark = pytest.mark.skipif(
     native_refusal("int4") is not None, reason=f"no native kernels: {native_refusal('int4')}"
@@ -148,6 +156,15 @@ def test_one_scale_is_applied_in_float32_and_the_result_is_cast_once(dtype, rows
     found = product(jnp.asarray(x, jnp.float32), q, MATRIX, preferred_element_type=dtype)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, ((x @ w).astype(np.float32) * scale).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "rows, format, array",
+    [(2, "int4", "float32"), (2, "int8", "bfloat16"), (40, "int8", "float32")],
+)
+def test_results_are_rounded_to_nearest_even(rows, format, array, dtype):
+    check_casts(dtype, rows, format, array)
 
 
 @pytest.mark.parametrize("format", FORMATS)

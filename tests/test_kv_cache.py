@@ -14,7 +14,7 @@ from flax import nnx
 import mpjax as mp
 import mpjax_kernels as mk
 from mpjax._attention import linen_attention
-from mpjax._kv_cache import DecodingStep, empty_cache, write
+from mpjax._kv_cache import DecodingStep, empty_cache, output_of, write
 from tests.helpers import assert_trees_equal
 
 BATCH, LENGTH, HEADS, DEPTH = 2, 6, 4, 8
@@ -217,6 +217,17 @@ def test_values_too_small_for_float16_times_weights_survive():
         out, *caches = step(tuple(caches), i, query, query, query + small)
     # 1/64 * 1e-5 / 127 is below float16's least number, 6e-8; the mean of 64 equal values is not.
     np.testing.assert_allclose(np.float32(out), np.float32(small), rtol=2.0**-6)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_that_are_all_zero_give_zeros(quantized):
+    """As dropout can leave them; the largest, by which they are divided, is zero then."""
+    values = mk.quantize(jnp.ones((1, LENGTH, HEADS, DEPTH)), axis=-1)
+    weights = jnp.zeros((1, HEADS, 1, LENGTH)).at[0, 0].set(0.5)
+    output = output_of(weights, values, quantized, None)
+    expected = np.zeros((1, 1, HEADS, DEPTH))
+    expected[0, 0, 0] = LENGTH / 2
+    np.testing.assert_allclose(output, expected, rtol=1e-6)
 
 
 def test_beyond_the_end_the_last_position_is_written_again_as_in_flax():

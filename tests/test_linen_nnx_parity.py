@@ -11,9 +11,6 @@ from flax import nnx
 import mpjax as mp
 from examples.byte_lm_models import ByteLM, ByteLMNNX, Shape
 
-# What is shared here takes seconds: one worker makes it.
-pytestmark = pytest.mark.xdist_group("parity")
-
 TINY = Shape(context=8, width=16, depth=2, heads=2)
 TOKENS = jnp.arange(16).reshape(2, 8) * 7 % 256
 

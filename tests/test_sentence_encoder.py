@@ -4,7 +4,6 @@ No test needs a network: the wheel has the real one's layout, a tiny BERT and ra
 """
 
 import hashlib
-import importlib
 import math
 import subprocess
 import sys
@@ -16,14 +15,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a file of the example by its name, as the script beside it would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The training example: its table and its plot, and that a run survives whatever stops it."""
 
-import importlib
 import itertools
 import json
 import os
@@ -14,21 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# What is shared here takes seconds: one worker makes it.
-pytestmark = pytest.mark.xdist_group("train_float8")
-
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train_float8.py"
 FLOAT16, FLOAT8 = "mixed_float16", "float8_from_mixed_bfloat16"
 TINY = ("--quick", "--policies", FLOAT8)
-
-
-@pytest.fixture(scope="module")
-def example():
-    """Imports a file of the example by its name, as the script beside it would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")
