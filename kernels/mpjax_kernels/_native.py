@@ -1,6 +1,7 @@
 """Products of two 8-bit tensors by native CPU kernels: `native/dot.cc`, called through XLA's FFI.
 
-Those of an array by a tensor of integers are in `_native_weight.py`.
+Those of an array by a tensor of integers are in `_native_weight.py`, those by int4 or in groups in
+`_native_grouped.py`.
 
 One call multiplies two tensors of float8, or two of int8, whichever of their axes is stored last,
 applies the scales in float32 and casts. float8 is decoded in registers, multiplied in bfloat16,
@@ -17,11 +18,10 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Shaped
 
-from . import _native_weight
+from . import _native_grouped, _native_weight
 from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
-from ._multiplicands import zero_point_refusal
 from ._native_library import FLOAT8, INT8, REALS, native_refusal
 from ._native_or import is_partly_manual
 from ._qtensor import QTensor, describe
@@ -37,6 +37,9 @@ def refusal(
     surroundings = surroundings_refusal(*contraction.lhs_shape, *contraction.rhs_shape)
     if isinstance(lhs, QTensor) != isinstance(rhs, QTensor):
         return _native_weight.refusal(lhs, rhs, contraction) or surroundings
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        if _native_grouped.takes(lhs, rhs, contraction):
+            return surroundings or _native_grouped.refusal(lhs, rhs, contraction)
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(operand, QTensor) or operand.format.name not in _CALLS:
             return (
@@ -49,12 +52,7 @@ def refusal(
     c = contraction
     if is_grouped(lhs, c.lhs_contract) or is_grouped(rhs, c.rhs_contract):
         return "a scale varies along a contracting axis"
-    return (
-        zero_point_refusal(lhs, rhs)
-        or native_refusal(lhs.format.name)
-        or surroundings
-        or overflow(lhs, rhs, c.terms)
-    )
+    return native_refusal(lhs.format.name) or surroundings or overflow(lhs, rhs, c.terms)
 
 
 def surroundings_refusal(*sizes: Any) -> str | None:
@@ -82,6 +80,8 @@ def dot_general(
     del precision
     if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
         return _native_weight.dot_general(lhs, rhs, contraction, dtype)
+    if _native_grouped.takes(lhs, rhs, contraction):
+        return _native_grouped.dot_general(lhs, rhs, contraction, dtype)
     left, right, _ = matrices(lhs, rhs, contraction, swapped=False)
     out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)

@@ -17,6 +17,7 @@ import jax
 
 _PATH = Path(__file__).parent / "libmpjax_native.so"
 _TARGETS = ("mpjax_float8_dot", "mpjax_int8_dot", "mpjax_quantize", "mpjax_weight_dot")
+_TARGETS += ("mpjax_grouped_dot",)
 
 # The dtypes of arrays that kernels take, and of what they return.
 REALS = ("float32", "bfloat16", "float16")
