@@ -25,6 +25,9 @@ struct LaidOutRows {
   int64_t rows;    // kDirectRows at most
 };
 
+// So many rows at most are multiplied directly, kDirectRows at a time.
+inline constexpr int kFewGroupedRows = 16;
+
 // A kernel of its own for a few rows by a weight whose terms lie next to each other; or there is none.
 struct DirectKernel {
   int block_terms;  // 0: there is none

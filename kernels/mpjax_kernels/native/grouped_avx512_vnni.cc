@@ -23,8 +23,10 @@ inline __m512i UnsignedNibbles(__m512i bytes) {
   return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(0xF), _mm512_set1_epi8(8), kAndXor);
 }
 
+// The products of a block are at most 15 * 128, and eight of them make a sum in a register.
 struct Int4Block {
   static constexpr int kTerms = 128, kVectors = 2, kTermsPerByte = 2;
+  static constexpr bool kSmall = true;
   static void Decode(__m512i bytes, __m512i (&to)[kVectors]) {
     to[0] = UnsignedNibbles(bytes);
     to[1] = UnsignedNibbles(_mm512_srli_epi16(bytes, 4));
@@ -33,13 +35,22 @@ struct Int4Block {
 
 struct Int8Block {
   static constexpr int kTerms = 64, kVectors = 1, kTermsPerByte = 1;
+  static constexpr bool kSmall = false;
   static void Decode(__m512i bytes, __m512i (&to)[kVectors]) {
     to[0] = _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
   }
 };
 
-// The sums of four lanes, in each 128 bits those of as many of the numbers of four registers.
+// The sums of four lanes, in each 128 bits those of as many of the numbers of four registers. Small
+// numbers are those of 16 bits of which sums of two are too: packed, and multiplied by one (`vpmaddwd`).
+template <bool Small>
 inline __m512i AddUpFours(const __m512i (&of)[4]) {
+  if (Small) {
+    const auto add = [](__m512i a, __m512i b) {
+      return _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1));
+    };
+    return add(add(of[0], of[1]), add(of[2], of[3]));
+  }
   const __m512i first =
       _mm512_add_epi32(_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
   const __m512i second =
@@ -70,50 +81,65 @@ void Store(__m512i fours, int64_t groups, int64_t stride, int32_t* sums) {
   store(1, add(high));
 }
 
-// `Rows` rows by four lanes and all groups.
-template <typename Block, int Rows, int Parts>
+// Adds the products of a block of `Rows` rows and four lanes, which `load(lane)` loads.
+template <typename Block, int Rows, typename Load>
+inline void AddBlock(const Load& load, const uint8_t* rows, int64_t stride, __m512i (&total)[Rows][4]) {
+  __m512i weight[4][Block::kVectors];
+#pragma GCC unroll 4
+  for (int lane = 0; lane < 4; ++lane) Block::Decode(load(lane), weight[lane]);
+#pragma GCC unroll 2
+  for (int v = 0; v < Block::kVectors; ++v) {
+#pragma GCC unroll 4
+    for (int row = 0; row < Rows; ++row) {
+      const __m512i x = _mm512_loadu_si512(rows + row * stride + 64 * v);
+#pragma GCC unroll 4
+      for (int lane = 0; lane < 4; ++lane) {
+        total[row][lane] = _mm512_dpbusd_epi32(total[row][lane], weight[lane][v], x);
+      }
+    }
+  }
+}
+
+// `Rows` rows by four lanes and all groups. `Single` says that none is more than a block.
+template <typename Block, int Rows, int Parts, bool Single>
 void MultiplyFour(const uint8_t* const (&lanes)[4], int64_t ahead, const Groups& groups,
                   const LaidOutRows& left, int32_t* sums) {
-  const int64_t unit = Parts == 1 ? groups.terms : Block::kTerms;
-  const int64_t blocks = (unit + Block::kTerms - 1) / Block::kTerms;
-  const int64_t all = groups.count * groups.terms;
+  constexpr bool kSmall = Single && Block::kSmall;
+  const uint8_t* const first[4] = {lanes[0], lanes[1], lanes[2], lanes[3]};
+  const int64_t count = groups.count, all = count * groups.terms / Block::kTermsPerByte;
+  const int64_t unit = Parts == 1 ? groups.terms / Block::kTermsPerByte : 64;
+  const int64_t stride = left.stride;
   const uint8_t* rows = left.data;
-  for (int64_t g = 0; g < groups.count; g += Parts) {
-    const int64_t first = g * groups.terms, last = first + unit < all ? first + unit : all;
+  for (int64_t g = 0, byte = 0; g < count; g += Parts, sums += Parts * Rows * kWidth) {
+    const int64_t last = byte + unit < all ? byte + unit : all;
     __m512i total[Rows][4];
 #pragma GCC unroll 4
     for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 4
       for (int lane = 0; lane < 4; ++lane) total[row][lane] = _mm512_setzero_si512();
     }
-    for (int64_t block = 0, term = first; block < blocks; ++block, term += Block::kTerms) {
-      const int64_t byte = term / Block::kTermsPerByte;
-      const int64_t bytes = (last - term) / Block::kTermsPerByte;
-      __m512i weight[4][Block::kVectors];
-#pragma GCC unroll 4
-      for (int lane = 0; lane < 4; ++lane) {
-        _mm_prefetch(reinterpret_cast<const char*>(lanes[lane] + ahead + byte), _MM_HINT_T1);
-        const uint8_t* at = lanes[lane] + byte;
-        Block::Decode(bytes >= 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(MaskOf(bytes), at),
-                      weight[lane]);
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < Block::kVectors; ++v) {
-#pragma GCC unroll 4
-        for (int row = 0; row < Rows; ++row) {
-          const __m512i x = _mm512_loadu_si512(rows + row * left.stride + 64 * v);
-#pragma GCC unroll 4
-          for (int lane = 0; lane < 4; ++lane) {
-            total[row][lane] = _mm512_dpbusd_epi32(total[row][lane], weight[lane][v], x);
-          }
-        }
-      }
+    const auto load = [&](int lane) {
+      _mm_prefetch(reinterpret_cast<const char*>(first[lane] + ahead + byte), _MM_HINT_T1);
+      return _mm512_loadu_si512(first[lane] + byte);
+    };
+    while (byte + 64 <= last) {
+      AddBlock<Block, Rows>(load, rows, stride, total);
+      byte += 64;
+      rows += Block::kTerms;
+      if (Single) break;
+    }
+    if (byte < last) {
+      const __mmask64 mask = MaskOf(last - byte);
+      const auto load_some = [&](int lane) {
+        return _mm512_maskz_loadu_epi8(mask, first[lane] + byte);
+      };
+      AddBlock<Block, Rows>(load_some, rows, stride, total);
+      byte = last;
       rows += Block::kTerms;
     }
 #pragma GCC unroll 4
     for (int row = 0; row < Rows; ++row) {
-      Store<Parts>(AddUpFours(total[row]), groups.count - g, Rows * kWidth,
-                   sums + (g * Rows + row) * kWidth);
+      Store<Parts>(AddUpFours<kSmall>(total[row]), count - g, Rows * kWidth, sums + row * kWidth);
     }
   }
 }
@@ -121,9 +147,10 @@ void MultiplyFour(const uint8_t* const (&lanes)[4], int64_t ahead, const Groups&
 template <typename Block, int Rows>
 void MultiplyFours(const Weight& weight, int64_t lane, int lanes, int64_t term, const Groups& groups,
                   const LaidOutRows& left, int32_t* sums) {
-  const auto multiply = groups.parts == 1   ? MultiplyFour<Block, Rows, 1>
-                        : groups.parts == 2 ? MultiplyFour<Block, Rows, 2>
-                                            : MultiplyFour<Block, Rows, 4>;
+  const auto multiply = groups.parts == 2               ? MultiplyFour<Block, Rows, 2, true>
+                        : groups.parts == 4             ? MultiplyFour<Block, Rows, 4, true>
+                        : groups.terms <= Block::kTerms ? MultiplyFour<Block, Rows, 1, true>
+                                                        : MultiplyFour<Block, Rows, 1, false>;
   const int64_t four = 4 * weight.stride / Block::kTermsPerByte;
   const int64_t ahead = (kBytesAhead / (four + 1) + 1) * four;
   for (int i = 0; i < lanes; i += 4) {
@@ -139,13 +166,13 @@ void MultiplyFours(const Weight& weight, int64_t lane, int lanes, int64_t term, 
 template <typename Block>
 void Multiply(const Weight& weight, int64_t lane, int lanes, int64_t term, const Groups& groups,
               const LaidOutRows& left, int32_t* sums) {
-  static_assert(kDirectRows == 4, "one case per number of rows");
-  const auto multiply = left.rows == 1   ? MultiplyFours<Block, 1>
-                        : left.rows == 2 ? MultiplyFours<Block, 2>
-                        : left.rows == 3 ? MultiplyFours<Block, 3>
-                                         : MultiplyFours<Block, 4>;
-  multiply(weight, lane, lanes, term, groups, left, sums);
+  const decltype(&MultiplyFours<Block, 1>) of_rows[] = {
+      MultiplyFours<Block, 1>, MultiplyFours<Block, 2>, MultiplyFours<Block, 3>,
+      MultiplyFours<Block, 4>};
+  of_rows[left.rows - 1](weight, lane, lanes, term, groups, left, sums);
 }
+
+constexpr int kPackAhead = 256;  // bytes of a lane, a page of which may be another's
 
 // 128 terms of 16 lanes at a time, turned in numbers of 32 bits, which are eight terms.
 void PackEights(const uint8_t* data, int64_t stride, int lanes, int64_t terms, const Panels& to) {
@@ -157,6 +184,7 @@ void PackEights(const uint8_t* data, int64_t stride, int lanes, int64_t terms, c
         const bool exists = 16 * group + lane < lanes;
         const uint8_t* at = data + (16 * group + lane) * stride + start / 2;
         rows[lane] = exists ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
+        _mm_prefetch(reinterpret_cast<const char*>(at + kPackAhead), _MM_HINT_T0);
       }
       Transpose(rows);
       const auto store = [&](int eight) {

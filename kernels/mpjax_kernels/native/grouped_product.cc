@@ -17,7 +17,7 @@ constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // How many groups share a block, or 0 for no kernel of its own.
 int PartsOf(const DirectKernel& kernel, const GroupedProduct& p) {
   const int64_t block = kernel.block_terms, group = p.terms / p.groups;
-  if (block == 0 || p.rows > kDirectRows || !p.weight.terms_last) return 0;
+  if (block == 0 || p.rows > kFewGroupedRows || !p.weight.terms_last) return 0;
   if (kernel.most_parts * group < block) return 0;  // most of a register would be empty
   return 4 * group == block ? 4 : 2 * group == block ? 2 : 1;
 }
@@ -169,17 +169,22 @@ void GroupedTiles::Compute(int64_t tile) const {
 
 void GroupedTiles::ComputeDirectly(int64_t lane, int64_t lanes) const {
   alignas(64) int32_t sums[kSumsAtOnce];
-  alignas(64) float total[kDirectRows * kWidth];
-  const int64_t numbers = p_.rows * kWidth, at_once = kSumsAtOnce / numbers / 4 * 4;
+  alignas(64) float total[kFewGroupedRows * kWidth];
   const int64_t block = direct_.block_terms, blocks = direct_blocks();
   if (lanes < kWidth) std::memset(sums, 0, sizeof(sums));
-  for (int64_t g = 0; g < p_.groups; g += at_once) {
-    const int64_t here = std::min(at_once, p_.groups - g);
-    const int64_t at = parts_ == 1 ? g * blocks / p_.groups : g / parts_;
-    const uint8_t* left = reinterpret_cast<const uint8_t*>(left_.data()) + at * block;
-    direct_.multiply(p_.weight, lane, static_cast<int>(lanes), g * group(), {here, group(), parts_},
-                     {left, blocks * block, p_.rows}, sums);
-    for (int64_t i = 0; i < here; ++i) Settle(sums + i * numbers, 0, p_.rows, lane, lanes, g + i, total);
+  for (int64_t row = 0; row < p_.rows; row += kDirectRows) {
+    const int64_t rows = std::min<int64_t>(kDirectRows, p_.rows - row), numbers = rows * kWidth;
+    const int64_t at_once = kSumsAtOnce / numbers / 4 * 4;
+    const uint8_t* left = reinterpret_cast<const uint8_t*>(left_.data()) + row * blocks * block;
+    for (int64_t g = 0; g < p_.groups; g += at_once) {
+      const int64_t here = std::min(at_once, p_.groups - g);
+      const int64_t at = parts_ == 1 ? g * blocks / p_.groups : g / parts_;
+      direct_.multiply(p_.weight, lane, static_cast<int>(lanes), g * group(),
+                       {here, group(), parts_}, {left + at * block, blocks * block, rows}, sums);
+      for (int64_t i = 0; i < here; ++i) {
+        Settle(sums + i * numbers, row, rows, lane, lanes, g + i, total + row * kWidth);
+      }
+    }
   }
   Write(total, 0, p_.rows, lane, lanes);
 }
