@@ -234,7 +234,7 @@ def _why_plain(
         policy.profitable_on,
         size,
         compute_dtype=policy.compute_dtype,
-        format=stored.format,
+        format=stored.activation.format,
         weight_bytes=value.dtype.itemsize,
         is_stored=True,
         is_scale_known=policy.scheme.activations != "dynamic",
