@@ -22,11 +22,13 @@ struct Groups {
 struct LaidOutRows {
   const uint8_t* data;
   int64_t stride;  // bytes from one row to the next
-  int64_t rows;    // kDirectRows at most
+  int64_t rows;
 };
 
-// So many rows at most are multiplied directly, kDirectRows at a time.
+// So many rows at most are multiplied directly.
 inline constexpr int kFewGroupedRows = 16;
+inline constexpr int kBlockLanes = 128;
+inline constexpr int32_t kNibbleBias = 8;  // with the sign bit turned around
 
 // A kernel of its own for a few rows by a weight whose terms lie next to each other; or there is none.
 struct DirectKernel {
@@ -34,8 +36,8 @@ struct DirectKernel {
   int most_parts;   // groups that share a block, at most
   int bias;         // what it takes the numbers of the weight for is so much more than they are
 
-  // sums[(group * rows + row) * kWidth + lane] = the products of kWidth lanes at most, from a lane and
-  // term of the weight on.
+  // sums[(group * rows + row) * kWidth + lane] = the products of kWidth lanes and kDirectRows rows at
+  // most, from a lane and term of the weight on.
   void (*multiply)(const Weight& weight, int64_t lane, int lanes, int64_t term, const Groups& groups,
                    const LaidOutRows& left, int32_t* sums);
 };
@@ -45,9 +47,17 @@ struct GroupedKernels {
   DirectKernel int8;
   DirectKernel int4;
 
+  // sums[(lane / kWidth * rows + row) * kWidth + lane % kWidth] = the products of so many lanes and
+  // `terms` terms of int4 whose lanes lie next to each other, from a lane and term of the weight on, by
+  // rows with zeros up to a multiple of four terms. The lanes begin a block of kBlockLanes, sums are
+  // there for whole ones, and numbers of the weight are taken for kNibbleBias more than they are.
+  // Null: there is no such kernel.
+  void (*multiply_lanes)(const Weight& weight, int64_t lane, int64_t lanes, int64_t term,
+                         int64_t terms, const LaidOutRows& left, int32_t* sums);
+
   // Packs so many lanes, kWidth at most, of int4, two to a byte, `stride` bytes apart, into right panels.
   // A panel has four terms in each step: of eight neighbours first the even ones, then the odd ones. The
-  // numbers are 8 more than they are. Null: they are unpacked to int8, for `dot`.
+  // numbers are kNibbleBias more than they are. Null: they are unpacked to int8, for `dot`.
   void (*pack_eights)(const uint8_t* data, int64_t stride, int lanes, int64_t terms,
                       const Panels& to);
 

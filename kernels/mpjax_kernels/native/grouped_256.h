@@ -101,6 +101,7 @@ constexpr GroupedKernels GroupedKernelsBy(const DotKernels& dot) {
           {Int8Block::kTerms, 2, Int8Block::kBias, Multiply<Int8Block>},
           {Int4Block::kTerms, 2, Int4Block::kBias, Multiply<Int4Block>},
           nullptr,
+          nullptr,
           Unpack,
           Settle,
           WriteFloats};

@@ -9,19 +9,15 @@
 
 #if defined(__AVX512VNNI__)
 
+#include "grouped_lanes.h"
 #include "grouped_loops.h"
+#include "nibbles_avx512.h"
 #include "tile_avx512.h"
 
 namespace mpjax {
 namespace {
 
 constexpr int64_t kBytesAhead = 4096;  // at least, that are fetched: the hardware stops at a page's end
-
-// The lower bits of each byte, 8 more than the number that they are.
-inline __m512i UnsignedNibbles(__m512i bytes) {
-  constexpr int kAndXor = 0x6A;  // (a & b) ^ c
-  return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(0xF), _mm512_set1_epi8(8), kAndXor);
-}
 
 // The products of a block are at most 15 * 128, and eight of them make a sum in a register.
 struct Int4Block {
@@ -212,7 +208,7 @@ void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target)
 const GroupedKernels kAvx512Grouped = {&kAvx512Int8Dot,
                                        {Int8Block::kTerms, 4, 128, Multiply<Int8Block>},
                                        {Int4Block::kTerms, 4, 8, Multiply<Int4Block>},
-                                       PackEights, Unpack, Settle, Write};
+                                       MultiplyLanesAvx512, PackEights, Unpack, Settle, Write};
 
 }  // namespace mpjax
 

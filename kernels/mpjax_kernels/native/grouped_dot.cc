@@ -141,7 +141,7 @@ ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer w
   const int64_t batch = static_cast<int64_t>(out.element_count()) / (call.rows() * call.lanes());
   std::atomic<bool> in_memory{true};
   const auto compute = [&](int64_t b, auto lay_out, auto loop) {
-    GroupedTiles tiles(Kernels(), call.Product(b));
+    GroupedTiles tiles(Kernels(), call.Product(b), batch > 1 ? 1 : pool.num_threads());
     if (!tiles.in_memory()) {
       in_memory = false;
       return;

@@ -14,7 +14,7 @@ constexpr DirectKernel kNone = {0, 0, 0, nullptr};
 
 }  // namespace
 
-const GroupedKernels kPortableGrouped = {&kPortableInt8Dot, kNone, kNone, nullptr,
+const GroupedKernels kPortableGrouped = {&kPortableInt8Dot, kNone, kNone, nullptr, nullptr,
                                          Unpack, Settle, Write};
 
 }  // namespace mpjax

@@ -1,6 +1,7 @@
 // Few rows are multiplied by a weight whose terms lie next to each other as it is; more of them, or a
 // weight that lies otherwise, in panels: rows are packed once, and the weight strip by strip, a few
-// groups at a time, in the first caches.
+// groups at a time, in the first caches. Strips of int4 whose lanes lie next to each other are as wide
+// as the threads leave them, for a few rows to read much of each line of memory.
 
 #include "grouped_product.h"
 
@@ -11,6 +12,8 @@ namespace mpjax {
 namespace {
 
 constexpr int64_t kSumsAtOnce = 8192;  // of a few rows: 32 KiB
+constexpr int64_t kMostLanes = 2048;   // of a strip
+constexpr int64_t kLeastGroup = 16;    // groups of few terms would be scaled more often than multiplied
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,28 +47,49 @@ void Split(const uint8_t* from, int64_t terms, int64_t block, uint8_t* to) {
   }
 }
 
+bool IsStream(const GroupedKernels& kernels, const GroupedProduct& p) {
+  return kernels.multiply_lanes != nullptr && p.weight.is_int4 && !p.weight.terms_last &&
+         p.rows <= kFewGroupedRows && p.terms / p.groups >= kLeastGroup;
+}
+
+// Whole blocks of lanes, for two tiles or more to each thread.
+int64_t StripOf(int64_t lanes, int64_t rows, int64_t threads) {
+  const int64_t most = std::min(kMostLanes, kSumsAtOnce / rows / kBlockLanes * kBlockLanes);
+  const int64_t each = DivideUp(DivideUp(lanes, 2 * threads), kBlockLanes) * kBlockLanes;
+  return std::max<int64_t>(kBlockLanes, std::min(each, most));
+}
+
 constexpr int64_t kEight = 8;
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
 }  // namespace
 
-GroupedTiles::GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& p)
+GroupedTiles::GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& p, int64_t threads)
     : p_(p),
       kernels_(kernels),
       direct_(p.weight.is_int4 ? kernels.int4 : kernels.int8),
       parts_(PartsOf(direct_, p)),
+      is_stream_(IsStream(kernels, p)),
+      strip_(is_stream_ ? StripOf(p.lanes, p.rows, threads) : kWidth),
       is_eights_(kernels.pack_eights != nullptr && p.weight.is_int4 && p.weight.terms_last),
       group_steps_(DivideUp(group(), is_eights_ ? kEight : kTermsPerPack) *
                    (is_eights_ ? kEight : kTermsPerPack) / kernels.dot->terms_per_step),
       left_(static_cast<size_t>(
-          parts_ > 0 ? p.rows * direct_blocks() * direct_.block_terms / 2
-                     : DivideUp(p.rows, kColumns) * kColumns * kLaneNumbers * p.groups * group_steps_)),
+          parts_ > 0 || is_stream_
+              ? DivideUp(p.rows * row_bytes(), 2)
+              : DivideUp(p.rows, kColumns) * kColumns * kLaneNumbers * p.groups * group_steps_)),
       sums_(static_cast<size_t>(4 * p.groups * p.rows)) {}
 
 // Of a row.
 int64_t GroupedTiles::direct_blocks() const {
   return parts_ == 1 ? p_.groups * DivideUp(group(), direct_.block_terms)
                      : DivideUp(p_.terms, direct_.block_terms);
+}
+
+// Of a row that is laid out for a few.
+int64_t GroupedTiles::row_bytes() const {
+  if (is_stream_) return p_.groups * DivideUp(group(), kTermsPerPack) * kTermsPerPack;
+  return direct_blocks() * direct_.block_terms;
 }
 
 int32_t* GroupedTiles::RowSums(int64_t group, int64_t row) const {
@@ -76,7 +100,9 @@ int32_t* GroupedTiles::Excess(int64_t group, int64_t row) const {
   return RowSums(p_.groups + group, row);
 }
 
-int64_t GroupedTiles::tile_count() const { return row_count() * DivideUp(p_.lanes, kWidth); }
+int64_t GroupedTiles::tile_count() const {
+  return (is_stream_ ? 1 : row_count()) * DivideUp(p_.lanes, strip_);
+}
 
 void GroupedTiles::LayOut(int64_t tile) {
   const int64_t first = tile * kTileRows, rows = std::min(kTileRows, p_.rows - first);
@@ -84,25 +110,27 @@ void GroupedTiles::LayOut(int64_t tile) {
     for (int64_t g = 0; g < p_.groups; ++g) {
       *RowSums(g, row) = SumOf(p_.left + row * p_.terms + g * group(), group());
     }
-    if (parts_ > 0) LayOutDirectly(row);
+    if (parts_ > 0 || is_stream_) LayOutDirectly(row);
   }
-  if (parts_ == 0) LayOutPanels(first, rows);
+  if (parts_ == 0 && !is_stream_) LayOutPanels(first, rows);
 }
 
 void GroupedTiles::LayOutDirectly(int64_t row) {
-  const int64_t block = direct_.block_terms, segments = parts_ == 1 ? p_.groups : 1;
+  const int64_t block = is_stream_ ? kTermsPerPack : direct_.block_terms;
+  const int64_t segments = parts_ <= 1 ? p_.groups : 1;
   const int64_t terms = p_.terms / segments, padded = DivideUp(terms, block) * block;
-  uint8_t* to = reinterpret_cast<uint8_t*>(left_.data()) + row * direct_blocks() * block;
+  uint8_t* to = reinterpret_cast<uint8_t*>(left_.data()) + row * row_bytes();
   for (int64_t segment = 0; segment < segments; ++segment, to += padded) {
     const uint8_t* from = p_.left + row * p_.terms + segment * terms;
-    if (p_.weight.is_int4) {
+    if (p_.weight.is_int4 && !is_stream_) {
       Split(from, terms, block, to);
     } else {
       std::memcpy(to, from, static_cast<size_t>(terms));
       std::memset(to + terms, 0, static_cast<size_t>(padded - terms));
     }
   }
-  for (int64_t g = 0; g < p_.groups; ++g) *Excess(g, row) = Times(direct_.bias, *RowSums(g, row));
+  const int32_t bias = is_stream_ ? kNibbleBias : direct_.bias;
+  for (int64_t g = 0; g < p_.groups; ++g) *Excess(g, row) = Times(bias, *RowSums(g, row));
 }
 
 void GroupedTiles::LayOutPanels(int64_t row, int64_t rows) {
@@ -121,7 +149,7 @@ void GroupedTiles::LayOutPanels(int64_t row, int64_t rows) {
       }
     }
     for (int64_t i = 0; is_eights_ && i < rows; ++i) {
-      *Excess(g, row + i) = Times(8, *RowSums(g, row + i));
+      *Excess(g, row + i) = Times(kNibbleBias, *RowSums(g, row + i));
     }
   }
 }
@@ -160,11 +188,34 @@ void GroupedTiles::PackLanes(int64_t lane, int64_t lanes, int64_t term, int64_t 
 }
 
 void GroupedTiles::Compute(int64_t tile) const {
-  const int64_t row = tile % row_count() * kTileRows, rows = std::min(kTileRows, p_.rows - row);
-  const int64_t lane = tile / row_count() * kWidth;
-  const int64_t lanes = std::min<int64_t>(kWidth, p_.lanes - lane);
+  const int64_t tiles = is_stream_ ? 1 : row_count();
+  const int64_t row = tile % tiles * kTileRows, lane = tile / tiles * strip_;
+  const int64_t lanes = std::min(strip_, p_.lanes - lane);
+  if (is_stream_) return ComputeLanes(lane, lanes);
   if (parts_ > 0) return ComputeDirectly(lane, lanes);
-  ComputeStrip(row, rows, lane, lanes);
+  ComputeStrip(row, std::min(kTileRows, p_.rows - row), lane, lanes);
+}
+
+void GroupedTiles::ComputeLanes(int64_t lane, int64_t lanes) const {
+  alignas(64) int32_t sums[kSumsAtOnce];
+  alignas(64) float total[kSumsAtOnce];
+  const int64_t bytes = row_bytes(), of_group = bytes / p_.groups;
+  const uint8_t* left = reinterpret_cast<const uint8_t*>(left_.data());
+  const auto for_tiles = [&](const auto& body) {
+    for (int64_t i = 0; i < lanes; i += kWidth) {
+      body(i * p_.rows, lane + i, std::min<int64_t>(kWidth, lanes - i));
+    }
+  };
+  for (int64_t g = 0; g < p_.groups; ++g) {
+    kernels_.multiply_lanes(p_.weight, lane, lanes, g * group(), group(),
+                            {left + g * of_group, bytes, p_.rows}, sums);
+    for_tiles([&](int64_t at, int64_t first, int64_t here) {
+      Settle(sums + at, 0, p_.rows, first, here, g, total + at);
+    });
+  }
+  for_tiles([&](int64_t at, int64_t first, int64_t here) {
+    Write(total + at, 0, p_.rows, first, here);
+  });
 }
 
 void GroupedTiles::ComputeDirectly(int64_t lane, int64_t lanes) const {

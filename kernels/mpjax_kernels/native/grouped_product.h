@@ -34,7 +34,8 @@ struct GroupedProduct {
 // One product: its rows are laid out first, and then its tiles are computed.
 class GroupedTiles {
  public:
-  GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& p);
+  // So many threads compute tiles; what they compute does not depend on it.
+  GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& p, int64_t threads);
 
   bool in_memory() const { return left_.data() != nullptr && sums_.data() != nullptr; }
   int64_t row_count() const { return (p_.rows + kTileRows - 1) / kTileRows; }
@@ -53,11 +54,13 @@ class GroupedTiles {
 
   int64_t group() const { return p_.terms / p_.groups; }
   int64_t direct_blocks() const;
+  int64_t row_bytes() const;
   void LayOutDirectly(int64_t row);
   void LayOutPanels(int64_t row, int64_t rows);
   void PackRows(int64_t row, int64_t rows, int64_t term, int64_t terms, const Panels& to) const;
   void PackLanes(int64_t lane, int64_t lanes, int64_t term, int64_t terms, const Panels& to) const;
   void ComputeDirectly(int64_t lane, int64_t lanes) const;
+  void ComputeLanes(int64_t lane, int64_t lanes) const;
   void ComputeStrip(int64_t row, int64_t rows, int64_t lane, int64_t lanes) const;
   void Settle(const int32_t* sums, int64_t row, int64_t rows, int64_t lane, int64_t lanes,
               int64_t group, float* total) const;
@@ -68,7 +71,9 @@ class GroupedTiles {
   const GroupedProduct p_;
   const GroupedKernels& kernels_;
   const DirectKernel& direct_;
-  const int parts_;            // groups that share a block of a few rows; 0: they are packed
+  const int parts_;            // groups that share a block of a few rows; 0: there are no blocks
+  const bool is_stream_;       // whether a few rows take the weight as a stream of all lanes
+  const int64_t strip_;        // lanes of a tile
   const bool is_eights_;       // whether int4 is packed as it is
   const int64_t group_steps_;  // steps of a group in panels
   Scratch left_;
