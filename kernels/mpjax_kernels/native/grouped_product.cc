@@ -1,7 +1,7 @@
 // Few rows are multiplied by a weight whose terms lie next to each other as it is; more of them, or a
 // weight that lies otherwise, in panels: rows are packed once, and the weight strip by strip, a few
-// groups at a time, in the first caches. Strips of int4 whose lanes lie next to each other are as wide
-// as the threads leave them, for a few rows to read much of each line of memory.
+// groups at a time, in the first caches. int4 whose lanes lie next to each other is a stream for few
+// rows.
 
 #include "grouped_product.h"
 
@@ -12,7 +12,6 @@ namespace mpjax {
 namespace {
 
 constexpr int64_t kSumsAtOnce = 8192;  // of a few rows: 32 KiB
-constexpr int64_t kMostLanes = 2048;   // of a strip
 constexpr int64_t kLeastGroup = 16;    // groups of few terms would be scaled more often than multiplied
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,13 +51,6 @@ bool IsStream(const GroupedKernels& kernels, const GroupedProduct& p) {
          p.rows <= kFewGroupedRows && p.terms / p.groups >= kLeastGroup;
 }
 
-// Whole blocks of lanes, for two tiles or more to each thread.
-int64_t StripOf(int64_t lanes, int64_t rows, int64_t threads) {
-  const int64_t most = std::min(kMostLanes, kSumsAtOnce / rows / kBlockLanes * kBlockLanes);
-  const int64_t each = DivideUp(DivideUp(lanes, 2 * threads), kBlockLanes) * kBlockLanes;
-  return std::max<int64_t>(kBlockLanes, std::min(each, most));
-}
-
 constexpr int64_t kEight = 8;
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
@@ -70,7 +62,7 @@ GroupedTiles::GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& 
       direct_(p.weight.is_int4 ? kernels.int4 : kernels.int8),
       parts_(PartsOf(direct_, p)),
       is_stream_(IsStream(kernels, p)),
-      strip_(is_stream_ ? StripOf(p.lanes, p.rows, threads) : kWidth),
+      cut_(p, threads),
       is_eights_(kernels.pack_eights != nullptr && p.weight.is_int4 && p.weight.terms_last),
       group_steps_(DivideUp(group(), is_eights_ ? kEight : kTermsPerPack) *
                    (is_eights_ ? kEight : kTermsPerPack) / kernels.dot->terms_per_step),
@@ -78,7 +70,12 @@ GroupedTiles::GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& 
           parts_ > 0 || is_stream_
               ? DivideUp(p.rows * row_bytes(), 2)
               : DivideUp(p.rows, kColumns) * kColumns * kLaneNumbers * p.groups * group_steps_)),
-      sums_(static_cast<size_t>(4 * p.groups * p.rows)) {}
+      sums_(static_cast<size_t>(4 * p.groups * p.rows)),
+      stream_(is_stream_ ? StreamNumbers() : 1) {}
+
+bool GroupedTiles::in_memory() const {
+  return left_.data() != nullptr && sums_.data() != nullptr && stream_.data() != nullptr;
+}
 
 // Of a row.
 int64_t GroupedTiles::direct_blocks() const {
@@ -101,7 +98,7 @@ int32_t* GroupedTiles::Excess(int64_t group, int64_t row) const {
 }
 
 int64_t GroupedTiles::tile_count() const {
-  return (is_stream_ ? 1 : row_count()) * DivideUp(p_.lanes, strip_);
+  return is_stream_ ? StreamTiles() : row_count() * DivideUp(p_.lanes, kWidth);
 }
 
 void GroupedTiles::LayOut(int64_t tile) {
@@ -187,35 +184,13 @@ void GroupedTiles::PackLanes(int64_t lane, int64_t lanes, int64_t term, int64_t 
   kernels_.dot->pack({bytes, strides[!w.terms_last], strides[w.terms_last], nullptr}, count, terms, to);
 }
 
-void GroupedTiles::Compute(int64_t tile) const {
-  const int64_t tiles = is_stream_ ? 1 : row_count();
-  const int64_t row = tile % tiles * kTileRows, lane = tile / tiles * strip_;
-  const int64_t lanes = std::min(strip_, p_.lanes - lane);
-  if (is_stream_) return ComputeLanes(lane, lanes);
+void GroupedTiles::Compute(int64_t tile) {
+  if (is_stream_) return StreamTile(tile);
+  const int64_t row = tile % row_count() * kTileRows, rows = std::min(kTileRows, p_.rows - row);
+  const int64_t lane = tile / row_count() * kWidth;
+  const int64_t lanes = std::min<int64_t>(kWidth, p_.lanes - lane);
   if (parts_ > 0) return ComputeDirectly(lane, lanes);
-  ComputeStrip(row, std::min(kTileRows, p_.rows - row), lane, lanes);
-}
-
-void GroupedTiles::ComputeLanes(int64_t lane, int64_t lanes) const {
-  alignas(64) int32_t sums[kSumsAtOnce];
-  alignas(64) float total[kSumsAtOnce];
-  const int64_t bytes = row_bytes(), of_group = bytes / p_.groups;
-  const uint8_t* left = reinterpret_cast<const uint8_t*>(left_.data());
-  const auto for_tiles = [&](const auto& body) {
-    for (int64_t i = 0; i < lanes; i += kWidth) {
-      body(i * p_.rows, lane + i, std::min<int64_t>(kWidth, lanes - i));
-    }
-  };
-  for (int64_t g = 0; g < p_.groups; ++g) {
-    kernels_.multiply_lanes(p_.weight, lane, lanes, g * group(), group(),
-                            {left + g * of_group, bytes, p_.rows}, sums);
-    for_tiles([&](int64_t at, int64_t first, int64_t here) {
-      Settle(sums + at, 0, p_.rows, first, here, g, total + at);
-    });
-  }
-  for_tiles([&](int64_t at, int64_t first, int64_t here) {
-    Write(total + at, 0, p_.rows, first, here);
-  });
+  ComputeStrip(row, rows, lane, lanes);
 }
 
 void GroupedTiles::ComputeDirectly(int64_t lane, int64_t lanes) const {

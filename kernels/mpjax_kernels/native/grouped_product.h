@@ -9,6 +9,7 @@
 #ifndef MPJAX_KERNELS_NATIVE_GROUPED_PRODUCT_H_
 #define MPJAX_KERNELS_NATIVE_GROUPED_PRODUCT_H_
 
+#include <atomic>
 #include <cstdint>
 
 #include "grouped.h"
@@ -31,17 +32,30 @@ struct GroupedProduct {
   Real out_type;
 };
 
-// One product: its rows are laid out first, and then its tiles are computed.
+// How a weight is cut that is read as a stream: into pieces of neighbouring terms of a strip of lanes,
+// whole lines of memory if these are not too long. A group is one part or several, whose sums are exact,
+// so nothing depends on how it is cut.
+struct GroupedCut {
+  int64_t part_terms;   // of a group
+  int64_t group_parts;
+  int64_t piece_parts;
+  int64_t strip_lanes;
+
+  // For so many threads.
+  GroupedCut(const GroupedProduct& p, int64_t threads);
+};
+
+// One product: its rows are laid out first, and then its tiles are computed, begun in their order.
 class GroupedTiles {
  public:
   // So many threads compute tiles; what they compute does not depend on it.
   GroupedTiles(const GroupedKernels& kernels, const GroupedProduct& p, int64_t threads);
 
-  bool in_memory() const { return left_.data() != nullptr && sums_.data() != nullptr; }
+  bool in_memory() const;
   int64_t row_count() const { return (p_.rows + kTileRows - 1) / kTileRows; }
   void LayOut(int64_t tile);
   int64_t tile_count() const;
-  void Compute(int64_t tile) const;
+  void Compute(int64_t tile);
 
  private:
   static constexpr int64_t kTileRows = kPackLanes;
@@ -60,11 +74,23 @@ class GroupedTiles {
   void PackRows(int64_t row, int64_t rows, int64_t term, int64_t terms, const Panels& to) const;
   void PackLanes(int64_t lane, int64_t lanes, int64_t term, int64_t terms, const Panels& to) const;
   void ComputeDirectly(int64_t lane, int64_t lanes) const;
-  void ComputeLanes(int64_t lane, int64_t lanes) const;
   void ComputeStrip(int64_t row, int64_t rows, int64_t lane, int64_t lanes) const;
   void Settle(const int32_t* sums, int64_t row, int64_t rows, int64_t lane, int64_t lanes,
               int64_t group, float* total) const;
   void Write(const float* total, int64_t row, int64_t rows, int64_t lane, int64_t lanes) const;
+
+  // In `grouped_stream.cc`: a product whose weight is read as a stream. Its first tiles are pieces of
+  // the weight, and the others the lanes of the result, which wait for those.
+  int64_t parts() const { return p_.groups * cut_.group_parts; }
+  int64_t strips() const;
+  int64_t pieces() const;
+  int64_t StreamTiles() const;
+  size_t StreamNumbers() const;
+  void StreamTile(int64_t tile);
+  void StreamPiece(int64_t piece);
+  void SettleLanes(int64_t lane, int64_t lanes) const;
+  int32_t* PartAt(int64_t part, int64_t lane) const;
+
   int32_t* RowSums(int64_t group, int64_t row) const;
   int32_t* Excess(int64_t group, int64_t row) const;
 
@@ -73,11 +99,13 @@ class GroupedTiles {
   const DirectKernel& direct_;
   const int parts_;            // groups that share a block of a few rows; 0: there are no blocks
   const bool is_stream_;       // whether a few rows take the weight as a stream of all lanes
-  const int64_t strip_;        // lanes of a tile
+  const GroupedCut cut_;       // of that
   const bool is_eights_;       // whether int4 is packed as it is
   const int64_t group_steps_;  // steps of a group in panels
   Scratch left_;
   Scratch sums_;  // of the terms of rows in a group, and what they make its products too large by
+  Scratch stream_;  // the sums of each part
+  std::atomic<int64_t> done_{0};  // pieces
 };
 
 }  // namespace mpjax
