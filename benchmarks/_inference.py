@@ -31,6 +31,7 @@ OURS = {
     "int8_weight_only_from_mixed_bfloat16": FORMATS["w8a16"].bound,
     "int4/128_from_mixed_bfloat16": FORMATS["w4a16"].bound,
     "w4a8/128_from_float32": FORMATS["w4a8"].bound,
+    "w4a8/128_from_mixed_bfloat16": FORMATS["w4a8"].bound,
     "float8/row_from_float32": FORMATS["float8"].bound,
 }
 # Beside these on a GPU, where 16 bits are faster than 32.

@@ -1,6 +1,6 @@
 // Rows of int8 by int4 whose lanes lie next to each other, on AVX512-VNNI: four terms of 128 lanes, two
-// lanes to a byte, are interleaved as they are; masked, and shifted and masked, they are four terms of
-// each lane in 32 bits, for `vpdpbusd`.
+// lanes to a byte, are interleaved as they are; masked, they are four terms of each lane in 32 bits, for
+// `vpdpbusd`. The upper half of a byte stays where it is, and its products are 16 times as large.
 //
 // Memory is read as it lies: a few terms of all lanes of a strip, then the next few. The sums of 128
 // lanes are in an order of their own until the last terms are added.
@@ -19,9 +19,9 @@ namespace {
 
 constexpr int kAtOnce = 16;          // terms that are added before the sums are stored
 constexpr int kRegisters = 8;        // of sums of a row and a block
-constexpr int64_t kLinesAhead = 16;  // of memory, that are fetched
+constexpr int64_t kLinesAhead = 24;  // of memory, that are fetched
 
-// So many terms of a block of the weight, 128 lanes in 64 bytes. If it is `Whole`, they are kAtOnce.
+// Terms of a block of the weight, 128 lanes in 64 bytes. If it is `Whole`, they are kAtOnce.
 template <bool Whole>
 struct Block {
   const uint8_t* data;
@@ -29,9 +29,9 @@ struct Block {
   int terms;
   __mmask64 mask;
 
-  __m512i Load(int term) const {
-    if (Whole) return _mm512_loadu_si512(data + term * stride);
-    return term < terms ? _mm512_maskz_loadu_epi8(mask, data + term * stride) : _mm512_setzero_si512();
+  __m512i Load(const uint8_t* at, int term) const {
+    if (Whole) return _mm512_loadu_si512(at);
+    return term < terms ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_setzero_si512();
   }
 };
 
@@ -59,7 +59,7 @@ inline void AddHalf(const __m512i (&terms)[4], const __m512i (&x)[Rows], __m512i
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m512i even = UnsignedNibbles(fours[i]);
-    const __m512i odd = UnsignedNibbles(_mm512_srli_epi16(fours[i], 4));
+    const __m512i odd = UpperNibbles(fours[i]);
 #pragma GCC unroll 4
     for (int row = 0; row < Rows; ++row) {
       total[row][2 * i] = _mm512_dpbusd_epi32(total[row][2 * i], even, x[row]);
@@ -69,7 +69,7 @@ inline void AddHalf(const __m512i (&terms)[4], const __m512i (&x)[Rows], __m512i
 }
 
 // A block: its first half, its second one, or both.
-template <int Rows, bool First, bool Second, bool Whole>
+template <int Rows, bool First, bool Second, bool Prefetch, bool Whole>
 void AddBlock(const Block<Whole>& block, const uint8_t* left, int64_t left_stride, bool add,
               int32_t* sums, int64_t rows) {
   __m512i first[Rows][4], second[Rows][4];
@@ -84,11 +84,21 @@ void AddBlock(const Block<Whole>& block, const uint8_t* left, int64_t left_strid
       if (Second) second[row][i] = load(row, 4 + i);
     }
   }
-#pragma GCC unroll 4
-  for (int term = 0; term < kAtOnce; term += 4) {
-    if (!Whole && term >= block.terms) break;
-    const __m512i terms[4] = {block.Load(term), block.Load(term + 1), block.Load(term + 2),
-                              block.Load(term + 3)};
+  const int64_t stride = block.stride, three = 3 * stride;
+  const uint8_t* at = block.data;
+  const uint8_t* ahead = at + kLinesAhead * stride;
+  for (int term = 0; term < (Whole ? kAtOnce : block.terms); term += 4) {
+    if (Prefetch) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + stride), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + 2 * stride), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + three), _MM_HINT_T1);
+    }
+    const __m512i terms[4] = {block.Load(at, term), block.Load(at + stride, term + 1),
+                              block.Load(at + 2 * stride, term + 2),
+                              block.Load(at + three, term + 3)};
+    at += 4 * stride;
+    ahead += 4 * stride;
     __m512i x[Rows];
 #pragma GCC unroll 4
     for (int row = 0; row < Rows; ++row) {
@@ -112,9 +122,12 @@ void AddBlock(const Block<Whole>& block, const uint8_t* left, int64_t left_strid
 template <int Rows, bool Whole>
 void AddRows(const Block<Whole>& block, const uint8_t* left, int64_t left_stride, bool add,
              int32_t* sums, int64_t rows) {
-  if (Rows <= 2) return AddBlock<Rows, true, true, Whole>(block, left, left_stride, add, sums, rows);
-  AddBlock<Rows, true, false, Whole>(block, left, left_stride, add, sums, rows);
-  AddBlock<Rows, false, true, Whole>(block, left, left_stride, add, sums, rows);
+  if (Rows <= 2) {
+    AddBlock<Rows, true, true, true>(block, left, left_stride, add, sums, rows);
+  } else {
+    AddBlock<Rows, true, false, true>(block, left, left_stride, add, sums, rows);
+    AddBlock<Rows, false, true, false>(block, left, left_stride, add, sums, rows);
+  }
 }
 
 template <bool Whole>
@@ -136,7 +149,7 @@ inline void Order(int32_t* sums, int64_t rows, int64_t row) {
   __m512i fours[2][4];  // four neighbours of every 32
   for (int i = 0; i < kRegisters; i += 2) {
     const __m512i even = _mm512_loadu_si512(PlaceOf(sums, rows, row, i));
-    const __m512i odd = _mm512_loadu_si512(PlaceOf(sums, rows, row, i + 1));
+    const __m512i odd = _mm512_srai_epi32(_mm512_loadu_si512(PlaceOf(sums, rows, row, i + 1)), 4);
     fours[i / 4][i % 4] = _mm512_unpacklo_epi32(even, odd);
     fours[i / 4][i % 4 + 1] = _mm512_unpackhi_epi32(even, odd);
   }
@@ -158,10 +171,6 @@ void MultiplyLanesAvx512(const Weight& weight, int64_t lane, int64_t lanes, int6
     const int here = static_cast<int>(terms - t < kAtOnce ? terms - t : kAtOnce);
     for (int64_t i = 0; i < lanes; i += kBlockLanes) {
       const uint8_t* at = data + i / 2;
-#pragma GCC unroll 16
-      for (int j = 0; j < kAtOnce; ++j) {
-        _mm_prefetch(reinterpret_cast<const char*>(at + (kLinesAhead + j) * line), _MM_HINT_T1);
-      }
       int32_t* to = sums + i * left.rows;
       if (here == kAtOnce && lanes - i >= kBlockLanes) {
         AddAllRows<true>({at, line, here, ~__mmask64{0}}, left, t, t > 0, to);

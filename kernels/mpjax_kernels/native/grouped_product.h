@@ -32,17 +32,23 @@ struct GroupedProduct {
   Real out_type;
 };
 
-// How a weight is cut that is read as a stream: into pieces of neighbouring terms of a strip of lanes,
-// whole lines of memory if these are not too long. A group is one part or several, whose sums are exact,
-// so nothing depends on how it is cut.
+// How a weight is cut that is read as a stream: into strips of lanes, whole lines of memory if these are
+// not too long, and along the terms into parts, a group or several to a group, whose sums are exact. So
+// nothing depends on how many parts make a piece for a thread: a part of what is left for each of them,
+// and few at the end, when a thread that came late may still have some.
 struct GroupedCut {
-  int64_t part_terms;   // of a group
+  int64_t part_terms;
   int64_t group_parts;
-  int64_t piece_parts;
+  int64_t parts;
+  int64_t least_parts;  // of a piece
+  int64_t threads;
+  int64_t pieces = 0;
   int64_t strip_lanes;
 
-  // For so many threads.
   GroupedCut(const GroupedProduct& p, int64_t threads);
+
+  // The part after a piece; of -1 the first one.
+  int64_t EndOf(int64_t piece) const;
 };
 
 // One product: its rows are laid out first, and then its tiles are computed, begun in their order.
@@ -81,7 +87,6 @@ class GroupedTiles {
 
   // In `grouped_stream.cc`: a product whose weight is read as a stream. Its first tiles are pieces of
   // the weight, and the others the lanes of the result, which wait for those.
-  int64_t parts() const { return p_.groups * cut_.group_parts; }
   int64_t strips() const;
   int64_t pieces() const;
   int64_t StreamTiles() const;

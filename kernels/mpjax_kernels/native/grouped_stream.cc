@@ -30,19 +30,30 @@ GroupedCut::GroupedCut(const GroupedProduct& p, int64_t threads) {
   const int64_t group = p.terms / p.groups;
   part_terms = RoundUp(DivideUp(group, DivideUp(group, kPartTerms)), kTermsPerPack);
   group_parts = DivideUp(group, part_terms);
-  const int64_t terms = std::max(kLeastPieceTerms, p.terms / (4 * std::max<int64_t>(1, threads)));
-  piece_parts = std::max<int64_t>(1, terms / part_terms);
+  parts = p.groups * group_parts;
+  least_parts = std::max<int64_t>(1, kLeastPieceTerms / part_terms);
+  this->threads = std::max<int64_t>(1, threads);
+  while (EndOf(pieces) < parts) ++pieces;
+  ++pieces;
   strip_lanes = StripOf(p.lanes, std::max<int64_t>(1, p.rows));
+}
+
+int64_t GroupedCut::EndOf(int64_t piece) const {
+  int64_t end = 0;
+  for (int64_t i = 0; i <= piece; ++i) {
+    end = std::min(parts, end + std::max(least_parts, (parts - end) / threads));
+  }
+  return end;
 }
 
 int64_t GroupedTiles::strips() const { return DivideUp(p_.lanes, cut_.strip_lanes); }
 
-int64_t GroupedTiles::pieces() const { return DivideUp(parts(), cut_.piece_parts) * strips(); }
+int64_t GroupedTiles::pieces() const { return cut_.pieces * strips(); }
 
 int64_t GroupedTiles::StreamTiles() const { return pieces() + DivideUp(p_.lanes, kLanesAtOnce); }
 
 size_t GroupedTiles::StreamNumbers() const {
-  return static_cast<size_t>(2 * parts() * p_.rows * RoundUp(p_.lanes, kBlockLanes));
+  return static_cast<size_t>(2 * cut_.parts * p_.rows * RoundUp(p_.lanes, kBlockLanes));
 }
 
 // Where the sums are from a lane on, that begins a tile.
@@ -68,10 +79,9 @@ void GroupedTiles::StreamTile(int64_t tile) {
 void GroupedTiles::StreamPiece(int64_t piece) {
   const int64_t lane = piece % strips() * cut_.strip_lanes;
   const int64_t lanes = std::min(cut_.strip_lanes, p_.lanes - lane);
-  const int64_t first = piece / strips() * cut_.piece_parts;
-  const int64_t end = std::min(parts(), first + cut_.piece_parts), bytes = row_bytes();
+  const int64_t index = piece / strips(), end = cut_.EndOf(index), bytes = row_bytes();
   const uint8_t* left = reinterpret_cast<const uint8_t*>(left_.data());
-  for (int64_t part = first; part < end; ++part) {
+  for (int64_t part = cut_.EndOf(index - 1); part < end; ++part) {
     const int64_t g = part / cut_.group_parts, term = part % cut_.group_parts * cut_.part_terms;
     const uint8_t* rows = left + g * (bytes / p_.groups) + term;
     kernels_.multiply_lanes(p_.weight, lane, lanes, g * group() + term,
