@@ -8,6 +8,7 @@
 #ifndef MPJAX_KERNELS_NATIVE_GROUPED_256_H_
 #define MPJAX_KERNELS_NATIVE_GROUPED_256_H_
 
+#include "grouped_lanes_256.h"
 #include "grouped_loops.h"
 #include "int8_dot_avx2.h"
 
@@ -100,7 +101,7 @@ constexpr GroupedKernels GroupedKernelsBy(const DotKernels& dot) {
   return {&dot,
           {Int8Block::kTerms, 2, Int8Block::kBias, Multiply<Int8Block>},
           {Int4Block::kTerms, 2, Int4Block::kBias, Multiply<Int4Block>},
-          nullptr,
+          MultiplyLanes256<Int4Block>,
           nullptr,
           Unpack,
           Settle,

@@ -12,6 +12,10 @@ namespace mpjax {
 namespace {
 
 struct Int4 : Nibbles {
+  static __m256i Add(__m256i total, __m256i weight, __m256i row) {
+    const __m256i pairs = _mm256_maddubs_epi16(weight, row);
+    return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
   static __m256i To(__m256i total, const __m256i (&weight)[2], const uint8_t* row) {
     const __m256i even = _mm256_maddubs_epi16(weight[0], Avx2::Load(row));
     const __m256i odd = _mm256_maddubs_epi16(weight[1], Avx2::Load(row + 32));

@@ -11,6 +11,9 @@ namespace {
 
 template <typename Instruction>
 struct Int4 : Nibbles {
+  static __m256i Add(__m256i total, __m256i weight, __m256i row) {
+    return Instruction::To(total, weight, row);
+  }
   static __m256i To(__m256i total, const __m256i (&weight)[2], const uint8_t* row) {
     total = Instruction::To(total, weight[0], Avx2::Load(row));
     return Instruction::To(total, weight[1], Avx2::Load(row + 32));
