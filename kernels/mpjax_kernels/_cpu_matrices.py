@@ -109,7 +109,11 @@ def _matrices(
 
     by_group = first, (len(batch), len(batch) + len(contract))
     scale = widened(x.scale)
-    values, stacked, of_groups = stack(x.values, axes, cut), stack(scale, axes, cut), stack(scale, *by_group)
+    values, stacked, of_groups = (
+        stack(x.values, axes, cut),
+        stack(scale, axes, cut),
+        stack(scale, *by_group),
+    )
     if x.zero_point is None:
         none = jnp.zeros((of_groups.shape[0], 0, of_groups.shape[2]), jnp.int8)
         return Matrices(values, terms_last, x.format, stacked, None, of_groups, none)

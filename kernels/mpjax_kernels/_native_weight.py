@@ -58,4 +58,3 @@ def dot_general(
     product = call(rows, values, *scales, weight_terms_last=weight.terms_last)
     product = jnp.swapaxes(product, 1, 2) if swapped else product
     return product.reshape(contraction.result_shape).astype(dtype)
-

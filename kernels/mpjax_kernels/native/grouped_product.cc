@@ -132,7 +132,7 @@ void GroupedTiles::LayOutDirectly(int64_t row) {
 
 void GroupedTiles::LayOutPanels(int64_t row, int64_t rows) {
   const int64_t stride = kRows * kLaneNumbers * p_.groups * group_steps_;
-  int32_t excess[kPackLanes];
+  int32_t excess[kPackLanes] = {};  // where packing leaves it, sums are right
   for (int64_t g = 0; g < p_.groups; ++g) {
     std::fill_n(Excess(g, row), rows, 0);
     for (int64_t term = 0; term < group(); term += kRunTerms) {
