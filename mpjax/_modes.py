@@ -154,7 +154,8 @@ def parse_mode(
     ]
     # What there is no word about is as the mode has it by itself, the granularity at least.
     alike = [match for match in matches if match.granularity == candidates[0].granularity]
-    most = [match for match in alike if match.symmetric == wanted.get("symmetric", True)]
+    unsaid = [key for key in ("activations", "symmetric") if key not in wanted]
+    most = [m for m in alike if all(getattr(m, k) == getattr(candidates[0], k) for k in unsaid)]
     for found in (most, alike, matches):
         if found and (found[0] is candidates[0] or len(found) == 1):
             return found[0]
