@@ -51,7 +51,7 @@ bool IsStream(const GroupedKernels& kernels, const GroupedProduct& p) {
          p.rows <= kFewGroupedRows && p.terms / p.groups >= kLeastGroup;
 }
 
-constexpr int64_t kEight = 8;
+constexpr int64_t kEight = 8, kLinesAhead = 16;
 constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a result that caches need not keep
 
 }  // namespace
@@ -178,7 +178,9 @@ void GroupedTiles::PackLanes(int64_t lane, int64_t lanes, int64_t term, int64_t 
   const int64_t lines = w.terms_last ? lanes : terms, length = w.terms_last ? terms : lanes;
   const int64_t stride = w.terms_last ? kTermsStride : kWidth;
   for (int64_t line = 0; line < lines; ++line) {
-    kernels_.unpack(w.data + (first + line * w.stride) / 2, length, bytes + line * stride);
+    const uint8_t* from = w.data + (first + line * w.stride) / 2;
+    __builtin_prefetch(from + kLinesAhead * w.stride / 2);  // it may be on another page
+    kernels_.unpack(from, length, bytes + line * stride);
   }
   const int64_t strides[] = {stride, 1};
   kernels_.dot->pack({bytes, strides[!w.terms_last], strides[w.terms_last], nullptr}, count, terms, to);
