@@ -53,11 +53,12 @@ QUICK_CASES = {
 ROUNDS, QUICK_ROUNDS, PROFILE_ROUNDS = 11, 2, 15
 PROFILED = ("flax_float32", "int8_from_float32", "qwix_int8")
 
-# Our int8, a peer, and the throughput of it that we want at least.
-INT8 = "int8_from_float32"
+# Of ours, a peer, and the throughput of it that we want at least.
+INT8, W4A8 = "int8_from_float32", "w4a8/128_from_float32"
 OF_FLOAT32 = {"encode 8x128": 1.0, "encode 64x128": 1.1, "encode 1x16": 1.2, "decode 12x1024": 1.25}
 OF_QWIX = {"encode 1x16": 1.2, "decode 12x1024": 1.2}
 OF_QWIX_ELSEWHERE = 0.97
+INT4_OF_FLOAT32 = {"decode 12x1024": 4.5}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,19 +121,20 @@ def compared(case: str, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if ours in OURS or ours in GPU_OURS
     }
     targets = []
-    for peer, at_least in wanted(case).items():
-        if INT8 in entries and peer in entries:
-            ratio = ratios.get(INT8, {}).get(peer)
+    for name, peer, at_least in wanted(case):
+        if name in entries and peer in entries:
+            ratio = ratios.get(name, {}).get(peer)
             reached = None if ratio is None else ratio >= at_least
-            verdict = {"ours": INT8, "peer": peer, "at_least": at_least}
+            verdict = {"ours": name, "peer": peer, "at_least": at_least}
             targets.append(verdict | {"ratio": ratio, "reached": reached})
     return {"contenders": entries, "ratios": ratios, "targets": targets}
 
 
-def wanted(case: str) -> dict[str, float]:
-    """Of each peer the part of its throughput that we want at least."""
-    of_float32 = {"flax_float32": OF_FLOAT32[case]} if case in OF_FLOAT32 else {}
-    return of_float32 | {"qwix_int8": OF_QWIX.get(case, OF_QWIX_ELSEWHERE)}
+def wanted(case: str) -> list[tuple[str, str, float]]:
+    """Of ours and of a peer, the part of the throughput of that that we want at least."""
+    of_float32 = {INT8: OF_FLOAT32.get(case), W4A8: INT4_OF_FLOAT32.get(case)}
+    found = [(name, "flax_float32", at_least) for name, at_least in of_float32.items() if at_least]
+    return [*found, (INT8, "qwix_int8", OF_QWIX.get(case, OF_QWIX_ELSEWHERE))]
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -73,6 +73,7 @@ def float8_cases() -> list[Case]:
 
 def other_cases() -> list[Case]:
     targets = {("w8a16", 1): (("float32", 0.7),)}
+    targets |= {("w4a8", m): (NATIVE_INT8,) for m in (1, 16, 128)}
     return [
         Case(name, m, *LAYER, targets.get((name, m), ()))
         for name in ("w8a16", "w4a16", "w4a8")

@@ -18,6 +18,7 @@ extern "C" XLA_FFI_Error* mpjax_int8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_float8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_weight_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_dynamic_int8_dot(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* mpjax_grouped_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_quantize(XLA_FFI_CallFrame*);
 extern "C" const char* mpjax_native_isa();
 
@@ -186,6 +187,17 @@ Call Weighed(XLA_FFI_DataType type, int64_t m, int64_t k, int64_t n, bool last) 
           {{"weight_terms_last", last}}};
 }
 
+Call InGroups(XLA_FFI_DataType type, int64_t m, int64_t k, int64_t n, int64_t groups, bool last) {
+  return {mpjax_grouped_dot,
+          {Random(XLA_FFI_DataType_S8, {1, m, k}, false, 1),
+           Random(type, {1, last ? n : k, last ? k : n}, false, 2),
+           Random(XLA_FFI_DataType_F32, {1, m}, true, 3),
+           Random(XLA_FFI_DataType_F32, {1, groups, n}, true, 4),
+           Random(XLA_FFI_DataType_S8, {1, last ? groups : 0, n}, false, 5)},
+          {Random(XLA_FFI_DataType_F32, {1, m, n}, true, 6)},
+          {{"weight_terms_last", last}}};
+}
+
 Call Cast(XLA_FFI_DataType type, int64_t rows, int64_t columns, int64_t scales) {
   Array scale = Random(XLA_FFI_DataType_F32, {scales}, true, 2);
   scale.data.assign(scale.data.size(), 0);  // not known yet
@@ -208,6 +220,10 @@ int main() {
       calls.push_back(Weighed(XLA_FFI_DataType_S8, m, 812, 1301, last));
       calls.push_back(Weighed(XLA_FFI_DataType_S4, m, 812, 1302, last));
       calls.push_back(Weighed(XLA_FFI_DataType_F8E5M2, m, 812, 1301, last));
+      calls.push_back(InGroups(XLA_FFI_DataType_S8, m, 812, 1301, 4, last));
+      calls.push_back(InGroups(XLA_FFI_DataType_S4, m, 816, 1302, 8, last));
+      calls.push_back(InGroups(XLA_FFI_DataType_S4, m, 800, 1302, 25, last));
+      calls.push_back(InGroups(XLA_FFI_DataType_S4, m, 1302, 334, 1, last));
     }
   }
   const bool reads_tiles = std::strncmp(mpjax_native_isa(), "avx512", 6) == 0;

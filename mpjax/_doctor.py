@@ -100,6 +100,13 @@ def _becomes(mode: Mode, target: Target | None) -> str:
         return resolved.mode
     if mode.activations == "none":
         return "weights are decoded, products in the compute dtype"
+    if mode.activation_format != mode.weights:  # int8 by int4
+        if "int8" not in target.dtypes:
+            return "emulated: decoded, and multiplied in more bits"
+        native = mk.native_kernels()
+        if target.platform == "cpu" and "int8" in native.formats:
+            return f"native kernels multiply int8 by int4 ({native.isa})"
+        return "int4 is widened: int8 x int8, native"
     if mode.weights in target.dtypes:
         return f"{mode.weights} x {mode.weights}, native"
     is_float8 = mode.weights.startswith("float8") and mode.granularity != "128x128"

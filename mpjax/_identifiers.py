@@ -22,7 +22,7 @@ _CLASSES: dict[str, type[DTypePolicy]] = {
     "Policy": DTypePolicy,
     "PolicyV1": DTypePolicy,
 }
-_QUANTIZED_PREFIXES = ("int8", "int4", "float8", "auto8", "gptq", "awq")
+_QUANTIZED_PREFIXES = ("int8", "int4", "w4a8", "float8", "auto8", "gptq", "awq")
 
 
 def default_policy() -> DTypePolicy:

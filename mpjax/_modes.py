@@ -13,7 +13,14 @@ import jax
 
 # What `scaling=`, the word of the training literature, says of the activations.
 _ACTIVATIONS = {"delayed": "delayed", "current": "dynamic", "static": "static"}
-_GROUPED = {"int4": "int4/<group_size>", "gptq": "gptq/4/<group_size>", "awq": "awq/4/<group_size>"}
+_GROUPED = {
+    "int4": "int4/<group_size>",
+    "w4a8": "w4a8/<group_size>",
+    "gptq": "gptq/4/<group_size>",
+    "awq": "awq/4/<group_size>",
+}
+# The families that round to nearest, and when they find the scale of an activation.
+_ROUNDED = {"int4": "none", "w4a8": "dynamic"}
 
 
 @jax.tree_util.register_static
@@ -32,7 +39,7 @@ class Mode:
         granularity: What shares one scale. `"tensor"`; `"row"` (each row of the activations, each
             output channel of the weights); `"channel"` (each output channel of the weights, and
             each row of dynamic activations); `"group"` (`group_size` weights along the contracted
-            axis); `"128x128"` (a block of the weights).
+            axis, and each row of dynamic activations); `"128x128"` (a block of the weights).
         group_size: Weights per scale along the contracted axis, -1 for all of them, None for a
             mode that is not grouped.
         symmetric: Whether zero is stored as zero, without a zero point.
@@ -51,6 +58,13 @@ class Mode:
     def family(self) -> str:
         """The part of the name before the first slash, such as `"int4"` or `"int8_static"`."""
         return self.name.partition("/")[0]
+
+    @property
+    def activation_format(self) -> str | None:
+        """What activations are quantized to: int8 beside int4, else as weights; None for none."""
+        if self.activations == "none":
+            return None
+        return "int8" if self.weights == "int4" else self.weights
 
 
 AUTO8 = "auto8"
@@ -85,8 +99,9 @@ def modes() -> tuple[Mode, ...]:
 
     Group sizes are free: `int4/128` stands for `int4/<any positive size>`.
     """
-    grouped = (_grouped_mode("int4", -1), *(_grouped_mode(name, 128) for name in _GROUPED))
-    return (*_FIXED.values(), *grouped)
+    whole = (_grouped_mode(name, -1) for name in _ROUNDED)
+    grouped = (_grouped_mode(name, 128) for name in _GROUPED)
+    return (*_FIXED.values(), *whole, *grouped)
 
 
 def parse_mode(
@@ -137,9 +152,11 @@ def parse_mode(
         for candidate in candidates
         if all(getattr(candidate, key) == value for key, value in wanted.items())
     ]
-    # Without a word about the granularity it is the one that the mode has by itself.
+    # What there is no word about is as the mode has it by itself, the granularity at least.
     alike = [match for match in matches if match.granularity == candidates[0].granularity]
-    for found in (alike, matches):
+    unsaid = [key for key in ("activations", "symmetric") if key not in wanted]
+    most = [m for m in alike if all(getattr(m, k) == getattr(candidates[0], k) for k in unsaid)]
+    for found in (most, alike, matches):
         if found and (found[0] is candidates[0] or len(found) == 1):
             return found[0]
     found = "does not support" if not matches else "is ambiguous with"
@@ -167,12 +184,12 @@ def _candidates(mode: str, group_size: int | None) -> Sequence[Mode]:
 def _grouped_candidates(
     mode: str, family: str, parts: Sequence[str], group_size: int | None
 ) -> Sequence[Mode]:
-    """Returns the candidates of `int4[/group]`, `gptq/bits/group` and `awq/bits/group`."""
+    """Returns the candidates of `int4[/group]`, `w4a8[/group]` and `gptq` or `awq/bits/group`."""
     if not parts and group_size is not None:
         size = _parse_group_size(group_size, mode)
-    elif family == "int4" and len(parts) <= 1:
+    elif family in _ROUNDED and len(parts) <= 1:
         size = _parse_group_size(parts[0] if parts else -1, mode)
-    elif family != "int4" and len(parts) == 2:
+    elif family not in _ROUNDED and len(parts) == 2:
         if parts[0] != "4":
             raise ValueError(
                 f"Quantization mode={mode!r} asks for {parts[0]!r} bits, but only 4 bits are "
@@ -184,21 +201,22 @@ def _grouped_candidates(
             f"Invalid quantization mode. Expected the form {_GROUPED[family]!r}. "
             f"Received: mode={mode}"
         )
-    symmetric = _grouped_mode(family, size)
-    if symmetric.method is not None:
-        return (symmetric,)
-    return (symmetric, dataclasses.replace(symmetric, symmetric=False))
+    if family not in _ROUNDED:
+        return (_grouped_mode(family, size),)
+    families = ("int4", "w4a8") if family == "int4" else (family,)
+    found = [_grouped_mode(name, size) for name in families]
+    return [m if s else dataclasses.replace(m, symmetric=s) for m in found for s in (True, False)]
 
 
 def _grouped_mode(family: str, group_size: int) -> Mode:
-    """Returns the weight-only 4-bit mode of a family, with one scale per `group_size` weights."""
+    """Returns the 4-bit mode of a family, with one scale per `group_size` weights."""
     return Mode(
         name=_GROUPED[family].replace("<group_size>", str(group_size)),
         weights="int4",
-        activations="none",
+        activations=_ROUNDED.get(family, "none"),
         granularity="channel" if group_size == -1 else "group",
         group_size=group_size,
-        method=None if family == "int4" else family,
+        method=None if family in _ROUNDED else family,
     )
 
 

@@ -115,7 +115,7 @@ class QuantizedProduct:
             self.profitable_on,
             size,
             compute_dtype=self.compute_dtype,
-            format=self.stored.format,
+            format=self.stored.activation.format,
             weight_bytes=rhs.dtype.itemsize,
             is_stored=to_store,
             is_scale_known=operands <= self.states.read().keys(),

@@ -49,6 +49,7 @@ def quantize(
         int8_static         int8, per output channel        int8, by the scale in `scaling`
         int8_weight_only    int8, per output channel        in the compute dtype
         int4/128            int4, per 128 inputs            in the compute dtype
+        w4a8/128            int4, per 128 inputs            int8, per row, at every call
         float8              E4M3, per tensor                E4M3, by the scale in `scaling`
         float8_current      E4M3, per tensor                E4M3, per tensor, at every call
         float8/row          E4M3, per output channel        E4M3, per row, at every call

@@ -112,7 +112,7 @@ class QuantizedDTypePolicy(DTypePolicy):
         check_margin(margin)
         check_algorithm(amax_algorithm)
         if (
-            scheme.name in ("int8", "int8_static", "int8_delayed", *RESOLVED)
+            scheme.family in ("int8", "int8_static", "int8_delayed", "w4a8", *RESOLVED)
             and source["compute_dtype"] == "float16"
         ):
             raise ValueError(

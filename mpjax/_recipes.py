@@ -64,7 +64,8 @@ def _recipe_of(policy: QuantizedDTypePolicy) -> Recipe:
     stored = stored_of(policy)
     assert stored is not None
     scaling, format = policy.scaling, policy.scheme.weights
-    if scaling is None or policy.scheme.granularity == "128x128":
+    # What is for inference alone.
+    if scaling is None or format == "int4" or policy.scheme.granularity == "128x128":
         return Recipe(None, (), stored)
     if isinstance(scaling, StaticScaling):
         per_channel = mk.OperandFormat(format, "channel")

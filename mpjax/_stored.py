@@ -6,6 +6,7 @@ int8_static         the same                        int8, one calibrated scale
 int8_delayed        the same                        int8, one scale as training left it
 int8_weight_only    the same                        compute dtype
 int4/128            int4, per 128 inputs            compute dtype
+w4a8/128            int4, per 128 inputs            int8, per row, at every call
 float8              E4M3, per tensor                E4M3, one scale as training left it
 float8_current      E4M3, per tensor                E4M3, per tensor, at every call
 float8/row          E4M3, per output channel        E4M3, per row, at every call
@@ -81,11 +82,12 @@ def stored_of(policy: DTypePolicy) -> Stored | None:
 
 def _activation_of(policy: QuantizedDTypePolicy) -> Activation | None:
     mode = policy.scheme
-    if mode.activations == "none":
+    format = mode.activation_format
+    if format is None:
         return None
-    if mode.activations == "dynamic" and mode.granularity in ("channel", "row"):
-        return Activation(mode.weights, "row")
-    return Activation(mode.weights, _BLOCK if mode.granularity == "128x128" else "tensor")
+    if mode.activations == "dynamic" and mode.granularity in ("channel", "row", "group"):
+        return Activation(format, "row")
+    return Activation(format, _BLOCK if mode.granularity == "128x128" else "tensor")
 
 
 class CannotStoreError(ValueError):

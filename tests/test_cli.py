@@ -100,6 +100,10 @@ def test_doctor_says_what_each_mode_becomes(monkeypatch):
     assert becomes["auto8"] == "float8/row" and becomes["auto8_delayed"] == "float8"
     assert becomes["float8/row"] == "float8_e4m3fn x float8_e4m3fn, native"
     assert becomes["int8"] == "emulated: decoded, and multiplied in more bits"
+    assert becomes["w4a8/128"] == becomes["int8"]
+    monkeypatch.setattr(_doctor, "resolve_target", lambda *_: mp.resolve_target("v6e"))
+    becomes = {row[0]: row[-1] for row in rows_of("Modes")[1:]}
+    assert becomes["w4a8/128"] == "int4 is widened: int8 x int8, native"
 
 
 @pytest.mark.parametrize("isa", [None, "avx512_bf16"])

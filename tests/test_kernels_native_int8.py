@@ -148,10 +148,6 @@ def test_refusals_say_why():
     x, w = mk.quantize(normal(4, 32)), mk.quantize(normal(32, 4))
     with pytest.raises(NotImplementedError, match="float8_e4m3fn.* of float8 and of int8"):
         product(x, mk.quantize(normal(32, 4), "float8_e4m3fn"), MATRIX)
-    with pytest.raises(NotImplementedError, match="`rhs` has a zero point"):
-        product(x, mk.quantize(normal(32, 4), symmetric=False), MATRIX)
-    with pytest.raises(NotImplementedError, match="a scale varies along a contracting axis"):
-        product(x, mk.quantize(normal(32, 4), axis=0, group_size=8), MATRIX)
     assert product(x, w, MATRIX).shape == (4, 4)
 
 

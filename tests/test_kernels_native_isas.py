@@ -1,5 +1,7 @@
 """Sums of int8 are the integers, in 2,000 shapes by every instruction set that this CPU has.
 
+So are those of int8 by int4, and in groups, in 1,000 shapes.
+
 The kernels of a process are chosen when it starts, so each has its own. The calls are made as they
 are, without what `dot_general` does around them, which would take longer to compile.
 """
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.native_helpers import ISAS, Case, elsewhere, here
+from tests.test_kernels_native_grouped import cases as grouped_cases
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,6 +28,7 @@ pytestmark = [
 
 SHAPES = 2000
 EXAMPLES = 2500  # some shapes come twice
+GROUPED_SHAPES, GROUPED_EXAMPLES = 1000, 1100
 sizes = st.one_of(st.integers(0, 40), st.integers(41, 140))
 cases = st.builds(
     Case, st.integers(0, 3), sizes, sizes, sizes, st.tuples(st.booleans(), st.booleans())
@@ -70,16 +74,48 @@ from tests.native_helpers import here
 from tests.test_kernels_native_isas import many_shapes
 print(here(), many_shapes() if here() else 0)
 """
+IN_GROUPS = """
+from tests.native_helpers import here
+from tests.test_kernels_native_isas import many_in_groups
+print(here(), many_in_groups() if here() else 0)
+"""
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_sums_of_int8_are_the_integers_in_2000_shapes(isa):
-    done = elsewhere(PROGRAM, MPJAX_NATIVE_ISA=isa)
+def many_in_groups() -> int:
+    """How many products of int8 by int8 or int4 in groups were right."""
+    shapes = set()
+
+    @settings(max_examples=GROUPED_EXAMPLES, deadline=None, derandomize=True, database=None)
+    @given(grouped_cases, st.integers(0, 2**20))
+    def are_exact(case, seed):
+        case.check_call(seed)
+        shapes.add(case)
+        if len(shapes) % 250 == 0:
+            jax.clear_caches()
+
+    are_exact()
+    return len(shapes)
+
+
+def exact_shapes(program: str, isa: str) -> int:
+    """How many shapes were right in a process of this instruction set."""
+    done = elsewhere(program, MPJAX_NATIVE_ISA=isa)
     assert done.returncode == 0, done.stderr
     found, shapes = done.stdout.rstrip("\n").split(" ")
     if not found:
         pytest.skip(f"this CPU has no {isa}")
-    assert found == isa and int(shapes) >= SHAPES
+    assert found == isa
+    return int(shapes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_int8_are_the_integers_in_2000_shapes(isa):
+    assert exact_shapes(PROGRAM, isa) >= SHAPES
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_int8_by_int4_and_in_groups_are_exact_in_1000_shapes(isa):
+    assert exact_shapes(IN_GROUPS, isa) >= GROUPED_SHAPES
 
 
 NATIVE_TESTS = [str(path) for path in sorted(Path(__file__).parent.glob("test_kernels_native*.py"))]

@@ -18,6 +18,8 @@ import mpjax as mp
         ("int4/7", mp.Mode("int4/7", "int4", "none", "group", 7)),
         ("int4/-1", mp.Mode("int4/-1", "int4", "none", "channel", -1)),
         ("int4", mp.Mode("int4/-1", "int4", "none", "channel", -1)),
+        ("w4a8/128", mp.Mode("w4a8/128", "int4", "dynamic", "group", 128)),
+        ("w4a8", mp.Mode("w4a8/-1", "int4", "dynamic", "channel", -1)),
         ("float8", mp.Mode("float8", "float8_e4m3fn", "delayed", "tensor")),
         ("float8_current", mp.Mode("float8_current", "float8_e4m3fn", "dynamic", "tensor")),
         ("int8_delayed", mp.Mode("int8_delayed", "int8", "delayed", "tensor")),
@@ -49,6 +51,9 @@ def test_mode_strings(mode, expected):
         ("int8_static", {"activations": "static", "granularity": "channel"}, "int8_static"),
         ("int4", {"group_size": 128}, "int4/128"),
         ("int4/128", {"granularity": "group", "group_size": 128}, "int4/128"),
+        ("int4/64", {"activations": "dynamic"}, "w4a8/64"),
+        ("int4", {"scaling": "current"}, "w4a8/-1"),
+        ("w4a8", {"group_size": 32}, "w4a8/32"),
         ("gptq", {"group_size": 64}, "gptq/4/64"),
         ("float8", {"activations": "delayed"}, "float8"),
         ("float8", {"granularity": "row"}, "float8/row"),
@@ -77,7 +82,9 @@ def test_long_form_ends_at_the_canonical_mode(mode, keywords, canonical):
         ("int8_static", {"activations": "dynamic"}, "'int8_static' does not.*'dynamic'"),
         ("int4/128", {"group_size": 64}, "mode='int4/128' does not support group_size=64"),
         ("int4/-1", {"granularity": "group"}, "mode='int4/-1' does not.*granularity='group'"),
-        ("int4", {"activations": "dynamic"}, "mode='int4' does not support activations='dynamic'"),
+        ("int4", {"activations": "static"}, "mode='int4' does not support activations='static'"),
+        ("w4a8", {"activations": "none"}, "mode='w4a8' does not support activations='none'"),
+        ("gptq/4/128", {"activations": "dynamic"}, "mode='gptq/4/128' does not support"),
         ("gptq/4/128", {"symmetric": False}, "mode='gptq/4/128' does not.*symmetric=False"),
         ("float8", {"activations": "delayed", "granularity": "row"}, "'float8' does not.*'row'"),
         ("float8", {"scaling": "current", "activations": "delayed"}, "'current' means.*'dynamic'"),
@@ -155,7 +162,7 @@ def test_modes_lists_every_variant_once():
         *("int8", "int8_static", "int8_weight_only", "int8_delayed"),
         *("float8", "float8_current", "float8/row", "float8/128x128"),
         *("auto8", "auto8_delayed"),
-        *("int4/-1", "int4/128", "gptq/4/128", "awq/4/128"),
+        *("int4/-1", "w4a8/-1", "int4/128", "w4a8/128", "gptq/4/128", "awq/4/128"),
     ]
     for mode in mp.modes():
         assert mp.QuantizedDTypePolicy(mode.name, "float32").scheme == mode

@@ -60,6 +60,7 @@ MODES = {
     "int8_delayed": Expected("int8", (1, 128), "int8", tensor),
     "int8_weight_only": Expected("int8", (1, 128)),
     "int4/64": Expected("int4", (4, 128)),
+    "w4a8/64": Expected("int4", (4, 128), "int8", rows),
     "int4/-1": Expected("int4", (1, 128)),
     "float8": Expected("float8_e4m3fn", (1, 1), "float8_e4m3fn", tensor),
     "float8_current": Expected("float8_e4m3fn", (1, 1), "float8_e4m3fn", tensor),
@@ -95,7 +96,7 @@ def test_products_are_those_of_the_definition(mode):
     np.testing.assert_allclose(y, x @ exact, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(nnx.jit(lambda layer, x: layer(x))(layer, X), y)
     dtypes = dot_dtypes(model.apply, variables, X)
-    if expected.activation == "int8":
+    if expected.activation == expected.format == "int8":
         assert dtypes == [("int8", "int8")]
 
 
@@ -194,7 +195,9 @@ class TiedNNX(nnx.Module):
         return self.embed.attend(self.embed(tokens))
 
 
-@pytest.mark.parametrize("mode", ["int8", "int8_weight_only", "int4/64", "float8/row", "float8"])
+@pytest.mark.parametrize(
+    "mode", ["int8", "int8_weight_only", "int4/64", "w4a8/64", "float8/row", "float8"]
+)
 def test_a_tied_embedding(mode):
     tokens = jnp.arange(6).reshape(2, 3)
     model = mp.wrap(Tied(), f"{mode}_from_mixed_bfloat16")
@@ -207,7 +210,9 @@ def test_a_tied_embedding(mode):
     exact = np.asarray(mk.dequantize(table, jnp.float32))
     rows = exact[np.asarray(tokens)].astype(jnp.bfloat16).astype(np.float32)
     error = np.abs(np.asarray(y, np.float32) - rows @ exact.T).max() / np.abs(rows @ exact.T).max()
-    assert error < {"int8": 0.02, "float8/row": 0.06, "float8": 0.06}.get(mode, 0.01)
+    assert error < {"int8": 0.02, "w4a8/64": 0.02, "float8/row": 0.06, "float8": 0.06}.get(
+        mode, 0.01
+    )
     tied = TiedNNX(nnx.Rngs(0))
     tied.embed.embedding[...] = variables["params"]["embed"]["embedding"]
     tied = mp.quantize(mp.wrap(tied, f"{mode}_from_mixed_bfloat16"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Int8, Shaped
 
 from ._contraction import Contraction
 from ._cpu_memory import in_memory
@@ -25,6 +25,9 @@ class Matrices:
         scale: The scales, of the shape of the values but for the terms: one for each group of
             them. None for an array.
         zero_point: The zero points, of the shape of the scales, or None.
+        group_scale: The scales as [batch, groups, free], whatever is last in the values: XLA makes
+            no copy of those of a weight that is stored [N, K], which are [groups, N].
+        group_zero_point: The zero points likewise, or no groups of them.
     """
 
     values: Shaped[Array, "batch _ _"]
@@ -32,6 +35,8 @@ class Matrices:
     format: Format | None = None
     scale: Shaped[Array, "batch _ _"] | None = None
     zero_point: Shaped[Array, "batch _ _"] | None = None
+    group_scale: Float[Array, "batch groups free"] | None = None
+    group_zero_point: Int8[Array, "batch groups free"] | None = None
 
     @property
     def batch(self) -> int:
@@ -90,17 +95,28 @@ def _matrices(
     axes = last if terms_last else first
     cut = len(batch), len(batch) + len(free if terms_last else contract)
 
-    def stack(y: Any) -> Array:
+    def stack(y: Any, axes: tuple[int, ...], cut: tuple[int, int]) -> Array:
         y = jnp.transpose(y, axes)
         parts = y.shape[: cut[0]], y.shape[cut[0] : cut[1]], y.shape[cut[1] :]
         return y.reshape([math.prod(part) for part in parts])
 
     if not isinstance(x, QTensor):
-        return Matrices(stack(x), terms_last)
+        return Matrices(stack(x, axes, cut), terms_last)
 
-    def stack_scales(y: Array) -> Array:
+    def widened(y: Array) -> Array:
         shape = tuple(y.shape[a] if a in contract else size for a, size in enumerate(x.shape))
-        return stack(jnp.broadcast_to(spread(y, shape), shape))
+        return jnp.broadcast_to(spread(y, shape), shape)
 
-    zero_point = None if x.zero_point is None else stack_scales(x.zero_point)
-    return Matrices(stack(x.values), terms_last, x.format, stack_scales(x.scale), zero_point)
+    by_group = first, (len(batch), len(batch) + len(contract))
+    scale = widened(x.scale)
+    values, stacked, of_groups = (
+        stack(x.values, axes, cut),
+        stack(scale, axes, cut),
+        stack(scale, *by_group),
+    )
+    if x.zero_point is None:
+        none = jnp.zeros((of_groups.shape[0], 0, of_groups.shape[2]), jnp.int8)
+        return Matrices(values, terms_last, x.format, stacked, None, of_groups, none)
+    zero = widened(x.zero_point)
+    zeros = stack(zero, axes, cut), stack(zero, *by_group)
+    return Matrices(values, terms_last, x.format, stacked, zeros[0], of_groups, zeros[1])

@@ -73,10 +73,10 @@ def dot_general(
 
     Implementations, in the order they are tried:
 
-    - `"native"`: on CPUs, a call of a native kernel for two QTensors of int8, with exact sums, two
-      of float8, or a float32, bfloat16 or float16 array and a QTensor of int8, int4 or float8,
-      where the package was built with them; in programs for one device, or inside of
-      `jax.shard_map`, and not in exported ones.
+    - `"native"`: on CPUs, a call of a native kernel for two QTensors of int8 or int4, with exact
+      sums, of which one may have a scale per group and zero points, two of float8, or a float32,
+      bfloat16 or float16 array and a QTensor of int8, int4 or float8, where the package was built
+      with them; in programs for one device, or inside of `jax.shard_map`, and not in exported ones.
     - `"tpu"`: on TPUs, a Pallas kernel for bfloat16 by a QTensor of int8 or int4 with a scale per
       group of a multiple of 128 terms, from so many rows on as it is faster with on that TPU; in
       the same programs as `"native"`.

@@ -73,6 +73,20 @@ def has_scale_per_term(
     return c.terms > 1 and c.terms == math.prod(_runs(lhs, a, rhs, b) for a, b in pairs)
 
 
+def groups_are_runs(weight: QTensor, contract: tuple[int, ...]) -> bool:
+    """Whether groups along all contracting axes are runs of terms, in the order they are stored.
+
+    So they are where an axis that a group spans in part has a scale per entry in the axes before,
+    and one scale in those after: as [heads, features, N] in groups of whole heads.
+    """
+    in_run = False
+    for axis in sorted(contract):
+        if in_run and weight.scale.shape[axis] != 1:
+            return False
+        in_run = in_run or weight.scale.shape[axis] != weight.shape[axis]
+    return True
+
+
 def _runs(lhs: Array | QTensor, a: int, rhs: Array | QTensor, b: int) -> int:
     """Into how many equal runs a pair of contracting axes is cut."""
     size = lhs.shape[a]

@@ -1,6 +1,7 @@
 """Products of two 8-bit tensors by native CPU kernels: `native/dot.cc`, called through XLA's FFI.
 
-Those of an array by a tensor of integers are in `_native_weight.py`.
+Those of an array by a tensor of integers are in `_native_weight.py`, those by int4 or in groups in
+`_native_grouped.py`.
 
 One call multiplies two tensors of float8, or two of int8, whichever of their axes is stored last,
 applies the scales in float32 and casts. float8 is decoded in registers, multiplied in bfloat16,
@@ -17,11 +18,10 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Shaped
 
-from . import _native_weight
+from . import _native_grouped, _native_weight
 from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
-from ._multiplicands import zero_point_refusal
 from ._native_library import FLOAT8, INT8, REALS, TILE, native_refusal, reads_tiles
 from ._native_or import is_partly_manual
 from ._qtensor import QTensor, describe
@@ -40,6 +40,12 @@ def refusal(
         if any(isinstance(o, QTensor) and o.tiles for o in (lhs, rhs)):
             return "a weight in tiles is multiplied by int8 alone"
         return _native_weight.refusal(lhs, rhs, contraction) or surroundings
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        is_grouped_dot = _native_grouped.takes(lhs, rhs, contraction)
+        if lhs.tiles or (rhs.tiles and (is_grouped_dot or not _are_tiles_of(rhs, contraction))):
+            return "tiles that were made for another product"
+        if is_grouped_dot:
+            return surroundings or _native_grouped.refusal(lhs, rhs, contraction)
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(operand, QTensor) or operand.format.name not in _CALLS:
             return (
@@ -50,16 +56,9 @@ def refusal(
     if _CALLS[lhs.format.name] != _CALLS[rhs.format.name]:
         return f"`lhs` is {describe(lhs)} and `rhs` {describe(rhs)}: of float8 and of int8"
     c = contraction
-    if lhs.tiles or (rhs.tiles and not _are_tiles_of(rhs, c)):
-        return "tiles that were made for another product"
     if is_grouped(lhs, c.lhs_contract) or is_grouped(rhs, c.rhs_contract):
         return "a scale varies along a contracting axis"
-    return (
-        zero_point_refusal(lhs, rhs)
-        or native_refusal(lhs.format.name)
-        or surroundings
-        or overflow(lhs, rhs, c.terms)
-    )
+    return native_refusal(lhs.format.name) or surroundings or overflow(lhs, rhs, c.terms)
 
 
 def _are_tiles_of(rhs: QTensor, c: Contraction) -> bool:
@@ -96,6 +95,8 @@ def dot_general(
     del precision
     if not isinstance(lhs, QTensor) or not isinstance(rhs, QTensor):
         return _native_weight.dot_general(lhs, rhs, contraction, dtype)
+    if _native_grouped.takes(lhs, rhs, contraction):
+        return _native_grouped.dot_general(lhs, rhs, contraction, dtype)
     left, right, _ = matrices(lhs, as_stored(rhs), contraction, swapped=False)
     out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
     result = jax.ShapeDtypeStruct((left.batch, left.free, right.free), out)

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._contraction import Contraction
-from ._cpu_matrices import Matrices, matrices
-from ._groups import has_scale_per_term
+from ._cpu_matrices import matrices
+from ._groups import groups_are_runs, has_scale_per_term
 from ._native_library import FLOAT8, INT4, INT8, REALS, native_refusal
 from ._qtensor import QTensor, describe
 
@@ -32,25 +32,11 @@ def refusal(lhs: Array | QTensor, rhs: Array | QTensor, contraction: Contraction
             f"{describe(array)} by {describe(weight)}: an array must be one of {REALS}, and what "
             f"it is multiplied by one of {_WEIGHTS}"
         )
-    if not _groups_are_runs(weight, contract):
+    if not groups_are_runs(weight, contract):
         return "terms that share a scale do not lie next to each other"
     if has_scale_per_term(lhs, rhs, c):
         return "a scale changes with every term"
     return native_refusal(weight.format.name, by_array=True)
-
-
-def _groups_are_runs(weight: QTensor, contract: tuple[int, ...]) -> bool:
-    """Whether groups along all contracting axes are runs of terms, in the order they are stored.
-
-    So they are where an axis that a group spans in part has a scale per entry in the axes before,
-    and one scale in those after: as [heads, features, N] in groups of whole heads.
-    """
-    in_run = False
-    for axis in sorted(contract):
-        if in_run and weight.scale.shape[axis] != 1:
-            return False
-        in_run = in_run or weight.scale.shape[axis] != weight.shape[axis]
-    return True
 
 
 def dot_general(
@@ -68,14 +54,7 @@ def dot_general(
     values = weight.values
     if values.dtype == jnp.int4 and values.shape[2] % 2:
         values = values.astype(jnp.int8)  # of which rows begin with a byte
-    scale, zero_point = (_groups_first(weight, of) for of in (weight.scale, weight.zero_point))
-    product = call(rows, values, scale, zero_point, weight_terms_last=weight.terms_last)
+    scales = weight.group_scale, weight.group_zero_point
+    product = call(rows, values, *scales, weight_terms_last=weight.terms_last)
     product = jnp.swapaxes(product, 1, 2) if swapped else product
     return product.reshape(contraction.result_shape).astype(dtype)
-
-
-def _groups_first(weight: Matrices, of: Array | None) -> Array:
-    """Scales or zero points as [batch, groups, columns], no groups for None."""
-    if of is None:
-        return jnp.zeros((weight.batch, 0, weight.free), jnp.int8)
-    return jnp.swapaxes(of, 1, 2) if weight.terms_last else of

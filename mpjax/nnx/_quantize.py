@@ -264,7 +264,7 @@ def _why_plain(layer: Any, product: Product, stored: Stored, value: Any, rows: i
         policy.profitable_on,
         size,
         compute_dtype=policy.compute_dtype,
-        format=stored.format,
+        format=stored.activation.format,
         weight_bytes=value.dtype.itemsize,
         is_stored=True,
         is_scale_known=policy.scheme.activations != "dynamic",

@@ -1,0 +1,188 @@
+// The call `mpjax_grouped_dot`: a batch of products of int8 by a weight of int8 or int4 whose scales may
+// vary in groups along the terms, scaled and cast.
+//
+// lhs is int8 [..., rows, terms], and its scale float32 [..., rows] or [..., 1]; the weight [..., terms,
+// columns], or [..., columns, terms] where `weight_terms_last` is true; its scale float32 [..., groups,
+// columns]; zero int8 of the shape of that, or with no groups if there are no zero points. Batch axes
+// come first, and a size of 1 broadcasts. XLA holds two int4 in a byte, the first in its lower half.
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "batch.h"
+#include "grouped_product.h"
+#include "isa.h"
+#include "parallel.h"
+#include "real_type.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace mpjax {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Less work is done before another thread is awake: in multiplications, of which a byte of the weight
+// takes the time of so many.
+constexpr double kWorthAThread = 4e6, kMultiplicationsPerByte = 8;
+
+const GroupedKernels& Kernels() {
+#if defined(MPJAX_HAS_AVX512_VNNI)
+  if (CurrentIsa() >= Isa::kAvx512Vnni) return kAvx512Grouped;
+#endif
+#if defined(MPJAX_HAS_AVX_VNNI)
+  if (CurrentIsa() == Isa::kAvxVnni && HasAvxVnni()) return kAvxVnniGrouped;
+#endif
+#if defined(MPJAX_HAS_AVX512_VNNI)
+  if (CurrentIsa() == Isa::kAvxVnni) return kAvx512Grouped256;
+#endif
+#if defined(MPJAX_HAS_AVX2)
+  if (CurrentIsa() >= Isa::kAvx2) return kAvx2Grouped;
+#endif
+  return kPortableGrouped;
+}
+
+struct Call {
+  const ffi::AnyBuffer& lhs;
+  const ffi::AnyBuffer& weight;
+  const ffi::AnyBuffer& lhs_scale;
+  const ffi::AnyBuffer& scale;
+  const ffi::AnyBuffer& zero;
+  const ffi::AnyBuffer& out;
+  bool terms_last;
+
+  size_t rank() const { return out.dimensions().size(); }
+  size_t batch() const { return rank() - 2; }
+  int64_t rows() const { return out.dimensions()[rank() - 2]; }
+  int64_t lanes() const { return out.dimensions()[rank() - 1]; }
+  int64_t terms() const { return lhs.dimensions()[rank() - 1]; }
+  int64_t groups() const { return scale.dimensions()[rank() - 2]; }
+  int64_t row_scales() const { return lhs_scale.dimensions()[batch()]; }
+  bool is_int4() const { return weight.element_type() == ffi::S4; }
+  bool has_zero() const { return zero.dimensions()[rank() - 2] != 0; }
+
+  static bool Ends(const ffi::AnyBuffer& of, int64_t first, int64_t second) {
+    const auto sizes = of.dimensions();
+    return sizes[sizes.size() - 2] == first && sizes[sizes.size() - 1] == second;
+  }
+
+  // What is wrong with it, or an empty string.
+  std::string Refusal() const {
+    if (lhs.element_type() != ffi::S8) return "lhs is not int8";
+    if (weight.element_type() != ffi::S8 && !is_int4()) return "the weight is not int8 or int4";
+    if (lhs_scale.element_type() != ffi::F32) return "the scale of lhs is not float32";
+    if (scale.element_type() != ffi::F32) return "the scale is not float32";
+    if (zero.element_type() != ffi::S8) return "the zero points are not int8";
+    if (!IsReal(out.element_type())) return "the result is not float32, bfloat16 or float16";
+    if (rank() < 2) return "the result has fewer than two axes";
+    for (const ffi::AnyBuffer* operand : {&lhs, &weight, &scale, &zero}) {
+      const auto sizes = operand->dimensions();
+      if (sizes.size() != rank()) return "operands and result differ in rank";
+      if (!Broadcasts(sizes, out.dimensions(), batch())) return "the batches do not go together";
+    }
+    const auto row_sizes = lhs_scale.dimensions();
+    if (row_sizes.size() != rank() - 1 || !Broadcasts(row_sizes, out.dimensions(), batch()) ||
+        (row_scales() != 1 && row_scales() != rows())) {
+      return "the scale of lhs has neither one entry nor one for each row";
+    }
+    if (!Ends(lhs, rows(), terms())) return "lhs has not the rows of the result";
+    const bool fits = terms_last ? Ends(weight, lanes(), terms()) : Ends(weight, terms(), lanes());
+    if (!fits) return "the weight has a shape that does not go with lhs and the result";
+    if (groups() < 1 || terms() % groups() != 0 || !Ends(scale, groups(), lanes())) {
+      return "the scale is not [groups, columns], of groups that divide the terms";
+    }
+    if (is_int4() && (terms_last ? terms() / groups() : lanes()) % 2 != 0) {
+      return "the last axis of an int4 weight, or a group along it, is odd";
+    }
+    if (!Ends(zero, has_zero() ? groups() : 0, lanes())) {
+      return "the zero points have not the shape of the scale";
+    }
+    return "";
+  }
+
+  template <typename T>
+  const T* At(const ffi::AnyBuffer& of, int64_t b, int64_t numbers) const {
+    const int64_t index = BatchIndex(of.dimensions(), out.dimensions(), batch(), b);
+    return static_cast<const T*>(of.untyped_data()) + index * numbers;
+  }
+
+  GroupedProduct Product(int64_t b) const {
+    const int64_t matrix = terms() * lanes(), scales = groups() * lanes();
+    GroupedProduct p;
+    p.left = At<uint8_t>(lhs, b, rows() * terms());
+    p.rows = rows();
+    p.terms = terms();
+    p.row_scale = At<float>(lhs_scale, b, row_scales());
+    p.row_scale_stride = row_scales() == 1 ? 0 : 1;
+    p.weight = {At<uint8_t>(weight, b, is_int4() ? matrix / 2 : matrix), is_int4(), terms_last,
+                terms_last ? terms() : lanes(), nullptr};
+    p.lanes = lanes();
+    p.groups = groups();
+    p.scale = At<float>(scale, b, scales);
+    p.zero = has_zero() ? At<int8_t>(zero, b, scales) : nullptr;
+    p.out_type = RealOf(out.element_type());
+    p.out = static_cast<char*>(out.untyped_data()) + b * rows() * lanes() * BytesOf(p.out_type);
+    return p;
+  }
+};
+
+ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer weight,
+                      ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                      ffi::Result<ffi::AnyBuffer> result, bool weight_terms_last) {
+  const ffi::AnyBuffer out = *result;
+  const Call call = {lhs, weight, lhs_scale, scale, zero, out, weight_terms_last};
+  const std::string wrong = call.Refusal();
+  if (!wrong.empty()) return ffi::Error::InvalidArgument("mpjax_grouped_dot: " + wrong);
+  if (out.element_count() == 0) return ffi::Error::Success();
+  if (call.terms() == 0) {
+    std::memset(out.untyped_data(), 0, out.size_bytes());
+    return ffi::Error::Success();
+  }
+  const int64_t batch = static_cast<int64_t>(out.element_count()) / (call.rows() * call.lanes());
+  std::atomic<bool> in_memory{true};
+  const auto compute = [&](int64_t b, auto lay_out, auto loop) {
+    GroupedTiles tiles(Kernels(), call.Product(b), batch > 1 ? 1 : pool.num_threads());
+    if (!tiles.in_memory()) {
+      in_memory = false;
+      return;
+    }
+    lay_out(tiles.row_count(), [&](int64_t i) { tiles.LayOut(i); }, Claims::kInOrder);
+    loop(tiles.tile_count(), [&](int64_t i) { tiles.Compute(i); }, tiles.claims());
+  };
+  const auto here = [](int64_t count, const auto& body, Claims) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  };
+  const auto shared = [&](int64_t count, const auto& body, Claims claims) {
+    ParallelFor(pool, count, body, claims);
+  };
+  const double terms = static_cast<double>(call.terms());
+  const double work = static_cast<double>(out.element_count()) * terms +
+                      kMultiplicationsPerByte * static_cast<double>(weight.element_count());
+  KeepSubnormals keep;
+  if (work < kWorthAThread) {
+    for (int64_t b = 0; b < batch; ++b) compute(b, here, here);
+  } else if (batch > 1) {  // each by one thread
+    ParallelFor(pool, batch, [&](int64_t b) { compute(b, here, here); });
+  } else {
+    compute(0, shared, shared);  // of one tile of rows the first loop is this thread's alone
+  }
+  if (in_memory) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mpjax_grouped_dot: no memory");
+}
+
+}  // namespace
+}  // namespace mpjax
+
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* mpjax_grouped_dot(
+    XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_grouped_dot, mpjax::GroupedDot,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // lhs
+                                  .Arg<xla::ffi::AnyBuffer>()  // weight
+                                  .Arg<xla::ffi::AnyBuffer>()  // lhs_scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // zero
+                                  .Ret<xla::ffi::AnyBuffer>()  // out
+                                  .Attr<bool>("weight_terms_last"));
