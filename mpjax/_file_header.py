@@ -33,8 +33,9 @@ from ._safetensors import (
     strict_json,
 )
 
-VERSION = 2
-_SINCE = {"prescaled": 2}  # the version that first had a kind of leaf; others are of version 1
+VERSION = 3
+# The version that first had a kind of leaf, or something static of it; others are of version 1.
+_SINCE = {"prescaled": 2, "tiles": 3}
 MAX_DEPTH = 64  # of nested dicts; JAX recurses over them
 Key = str | int
 _HEADER, _CRC32 = "mpjax", "mpjax_crc32"
@@ -130,7 +131,8 @@ class Header:
             for leaf in self.leaves
         ]
         # The oldest that can hold it, so that an older mpjax reads what it can.
-        version = max((_SINCE.get(leaf.kind, 1) for leaf in self.leaves), default=1)
+        names = (name for leaf in self.leaves for name in (leaf.kind, *leaf.static))
+        version = max((_SINCE.get(name, 1) for name in names), default=1)
         content = {"version": version, "mpjax": self.mpjax, "policy": self.policy, "leaves": leaves}
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
         return {_HEADER: text, _CRC32: f"{zlib.crc32(text.encode()):08x}"}

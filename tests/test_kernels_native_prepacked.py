@@ -53,7 +53,8 @@ def test_what_it_is():
     [
         (((-3, 16), (-2, 4)), "must name axes of `layout`"),
         (((-1, 16), (-1, 4)), "each once"),
-        (((-1, 0), (-2, 4)), "the size of a tile"),
+        (((-1, 0), (-2, 4)), "the size that `values` has last"),
+        (((-1, 4), (-2, 16)), "the size that `values` has last"),
     ],
 )
 def test_what_it_is_not(tiles, message):

@@ -89,6 +89,7 @@ def test_other_weights_stay_as_they_are(policy):
 def test_a_file_keeps_them(int8, tmp_path):
     model, _, packed = int8
     mp.save(tmp_path / "model.safetensors", packed, policy="int8_from_float32")
+    assert b'\\"version\\":3' in (tmp_path / "model.safetensors").read_bytes()[:100000]
     loaded = mp.load(tmp_path / "model.safetensors")
     for a, b in zip(stored(packed), stored(loaded), strict=True):
         assert (a.layout, a.tiles) == (b.layout, b.tiles)

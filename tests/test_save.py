@@ -583,11 +583,11 @@ def rewritten(path, change):
 def test_a_file_of_a_newer_version(tmp_path):
     path = mp.save(tmp_path / "m", {"a": jnp.zeros(1)})
     rewritten(
-        path, lambda content: content.update(version=3, mpjax="9.9", leaves="of another kind")
+        path, lambda content: content.update(version=4, mpjax="9.9", leaves="of another kind")
     )
     message = (
-        r"m was saved by mpjax 9.9 in version 3 of the format, and this mpjax reads up to "
-        "version 2: upgrade it"
+        r"m was saved by mpjax 9.9 in version 4 of the format, and this mpjax reads up to "
+        "version 3: upgrade it"
     )
     for load in (mp.load, mp.load_policy):
         with pytest.raises(mp.ModelFileError, match=message):

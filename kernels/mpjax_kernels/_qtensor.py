@@ -168,10 +168,11 @@ def validate(q: QTensor) -> None:
             f"`layout` {q.layout} of a tensor of {q.ndim} axes must hold its trailing axes, each "
             "once, counted from the end, as in (-1, -2)"
         )
-    if not is_tiles(q.tiles, q.layout):
+    sizes = tuple(size for _, size in q.tiles)
+    if not is_tiles(q.tiles, q.layout) or tuple(q.values.shape[q.ndim :]) != sizes:
         raise ValueError(
-            f"`tiles` {q.tiles} must name axes of `layout` {q.layout}, each once, with the size of "
-            "a tile, as in ((-1, 16), (-2, 4))"
+            f"`tiles` {q.tiles} of {describe(q.values)} must name axes of `layout` {q.layout}, each "
+            "once, with the size that `values` has last, as in ((-1, 16), (-2, 4))"
         )
     try:
         get_format(q.values.dtype.name)
