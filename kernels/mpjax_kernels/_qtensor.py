@@ -171,8 +171,8 @@ def validate(q: QTensor) -> None:
     sizes = tuple(size for _, size in q.tiles)
     if not is_tiles(q.tiles, q.layout) or tuple(q.values.shape[q.ndim :]) != sizes:
         raise ValueError(
-            f"`tiles` {q.tiles} of {describe(q.values)} must name axes of `layout` {q.layout}, each "
-            "once, with the size that `values` has last, as in ((-1, 16), (-2, 4))"
+            f"`tiles` {q.tiles} of {describe(q.values)} must name axes of `layout` {q.layout}, "
+            "each once, with the size that `values` has last, as in ((-1, 16), (-2, 4))"
         )
     try:
         get_format(q.values.dtype.name)
