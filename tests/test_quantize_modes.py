@@ -210,7 +210,9 @@ def test_a_tied_embedding(mode):
     exact = np.asarray(mk.dequantize(table, jnp.float32))
     rows = exact[np.asarray(tokens)].astype(jnp.bfloat16).astype(np.float32)
     error = np.abs(np.asarray(y, np.float32) - rows @ exact.T).max() / np.abs(rows @ exact.T).max()
-    assert error < {"int8": 0.02, "w4a8/64": 0.02, "float8/row": 0.06, "float8": 0.06}.get(mode, 0.01)
+    assert error < {"int8": 0.02, "w4a8/64": 0.02, "float8/row": 0.06, "float8": 0.06}.get(
+        mode, 0.01
+    )
     tied = TiedNNX(nnx.Rngs(0))
     tied.embed.embedding[...] = variables["params"]["embed"]["embedding"]
     tied = mp.quantize(mp.wrap(tied, f"{mode}_from_mixed_bfloat16"))
