@@ -15,6 +15,7 @@ _STACKS = "--fibers_default_thread_stack_size=1048576"
 os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_STACKS}".strip()
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -25,6 +26,12 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# No test is of how fast a machine is, or what else it does.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture

@@ -214,6 +214,13 @@ def test_what_is_asked_for_is_checked(policy, options, error, match):
     refused(error, match, policy, **options)
 
 
+def test_awq_is_for_activations_that_are_not_quantized():
+    model = mp.wrap(nn.Dense(8), "int8_from_float32")
+    variables = {"params": nn.Dense(8).init(KEY, X)["params"]}
+    with pytest.raises(ValueError, match="would change nothing.*awq is for activations that are"):
+        mp.quantize(model, variables, calibration=[X], method="awq")
+
+
 def test_a_nan_among_the_weights_is_named_before_the_batches_are_taken():
     model, variables = linen()
     variables["params"]["last"]["kernel"] = variables["params"]["last"]["kernel"].at[0].set(np.nan)

@@ -294,6 +294,7 @@ def test_the_number_of_images_may_be_symbolic(implementation):
     np.testing.assert_array_equal(exported.call(q, r), call(q, r))
 
 
+@pytest.mark.skipif(native_refusal("int8") is not None, reason="no native kernels of int8")
 def test_the_native_form_says_what_it_does_not_take():
     q, r = (mk.quantize(jnp.ones(shape)) for shape in PLAIN[:2])
     for lhs, rhs, strides, options, message in [

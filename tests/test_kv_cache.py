@@ -14,7 +14,7 @@ from flax import nnx
 import mpjax as mp
 import mpjax_kernels as mk
 from mpjax._attention import linen_attention
-from mpjax._kv_cache import DecodingStep, empty_cache, output_of, write
+from mpjax._kv_cache import DecodingStep, empty_cache, output_of, scores_of, write
 from tests.helpers import assert_trees_equal
 
 BATCH, LENGTH, HEADS, DEPTH = 2, 6, 4, 8
@@ -228,6 +228,20 @@ def test_weights_that_are_all_zero_give_zeros(quantized):
     expected = np.zeros((1, 1, HEADS, DEPTH))
     expected[0, 0, 0] = LENGTH / 2
     np.testing.assert_allclose(output, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_products_have_the_operands_and_the_precision_asked_for(quantized):
+    """As a TPU has them, where precision means something."""
+    cache = mk.quantize(jnp.ones((1, LENGTH, HEADS, DEPTH)), axis=-1)
+    query, weights = jnp.ones((1, 1, HEADS, DEPTH)), jnp.ones((1, HEADS, 1, LENGTH))
+    for function, x in ((scores_of, query), (output_of, weights)):
+        run = jax.jit(functools.partial(function, quantized=quantized, precision="highest"))
+        text = run.trace(x, cache).lower(lowering_platforms=("tpu",)).as_text()
+        (product,) = (line for line in text.splitlines() if "dot_general" in line)
+        operands = re.findall(r"tensor<[\dx]+x(\w+)>", product)
+        assert operands == (["i8", "i8", "i32"] if quantized else ["f32", "f32", "f32"])
+        assert quantized or "precision = [HIGHEST, HIGHEST]" in product
 
 
 def test_beyond_the_end_the_last_position_is_written_again_as_in_flax():

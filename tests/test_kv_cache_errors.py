@@ -2,13 +2,16 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 from flax import errors
 
 import mpjax as mp
+from mpjax._kv_cache import empty_cache
 from tests.test_kv_cache import (
     BATCH,
     DECODER,
+    HEADS,
     KEY,
     LENGTH,
     PARAMS,
@@ -17,6 +20,7 @@ from tests.test_kv_cache import (
     each_format,
     fresh,
     nnx_attention,
+    step,
     step_of,
     wrapped,
 )
@@ -30,6 +34,10 @@ def test_many_positions_at_once_and_another_batch_are_refused():
         model.apply(variables, X, mutable=["cache"])
     with pytest.raises(ValueError, match="make another cache.*|" + shape.format(1, 1)):
         model.apply(variables, X[:1, :1], mutable=["cache"])
+    one = X[:, :1].reshape(BATCH, 1, HEADS, -1)
+    caches = (empty_cache((BATCH, LENGTH, *one.shape[2:]), one.dtype, model.policy),) * 2
+    with pytest.raises(ValueError, match=r"but got \(2, 2, 4, 8\) and \(2, 1, 4, 8\)"):
+        step(caches, 0, jnp.concatenate([one, one], 1), one, one)
     with pytest.raises(errors.ModifyScopeVariableError):
         model.apply(variables, X[:, :1])
     layer = nnx_attention(model.policy)

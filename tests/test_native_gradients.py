@@ -30,11 +30,11 @@ AMAX = {"float8": 7, "int8": 127}
 NEEDS = {"float8": "float8_e4m3fn", "int8": "int8"}
 
 
-def case(family: str, *values: Any) -> Any:
+def case(family: str, *values: Any, slow: bool = False) -> Any:
     """A case that needs native kernels of a family of formats."""
     refusal = native_refusal(NEEDS[family])
     needs = pytest.mark.skipif(refusal is not None, reason=f"no native {family} here: {refusal}")
-    return pytest.param(family, *values, marks=needs)
+    return pytest.param(family, *values, marks=[needs, pytest.mark.slow] if slow else [needs])
 
 
 def products(compiled: Any) -> tuple[Counter, int]:
@@ -77,10 +77,16 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("shapes", "granularity"), [*((s, "channel") for s in SHAPES), ("sequence", "tensor")]
-)
-@pytest.mark.parametrize("family", [case("float8"), case("int8")])
+SHOWN_BY_OTHERS = ("one row", "heads", "from heads")
+SHAPE_CASES = [
+    case(family, name, "channel", slow=name in SHOWN_BY_OTHERS)
+    for family in AMAX
+    for name in SHAPES
+]
+SHAPE_CASES += [case(family, "sequence", "tensor") for family in AMAX]
+
+
+@pytest.mark.parametrize(("family", "shapes", "granularity"), SHAPE_CASES)
 def test_both_derivatives_are_native_and_those_of_the_integers(family, shapes, granularity):
     lhs_shape, rhs_shape, dims = SHAPES[shapes]
     lhs, rhs = integers(AMAX[family], *lhs_shape), integers(AMAX[family], *rhs_shape)
@@ -107,8 +113,12 @@ MIXED = {
     "float8": (mk.DotFormats.float8(), 3, 0),
     "int8": (mk.DotFormats.int8(), 3, 0),
 }
-MIXED_CASES = [case(n.split(",")[0], n, "bfloat16") for n in MIXED if n not in ("float8", "int8")]
-MIXED_CASES += [case("float8", "float8", "float32"), case("int8", "int8", "float32")]
+MIXED_CASES = [
+    case(name.split(",")[0], name, "bfloat16", slow=" d " not in name)
+    for name in MIXED
+    if name not in AMAX
+]
+MIXED_CASES += [case(family, family, "float32") for family in AMAX]
 
 
 @pytest.mark.parametrize(("family", "name", "dtype"), MIXED_CASES)
