@@ -333,7 +333,7 @@ def test_a_group_of_int4_that_begins_within_a_byte_is_an_error_of_xla():
 
 ELSEWHERE = """
 from mpjax_kernels._native_library import _load
-from tests.test_kernels_native_grouped import check_largest, check_order
+from tests.test_kernels_native_grouped import Grouped, check_largest, check_order
 print(_load()[1] or _load()[0])
 if _load()[1]:
     raise SystemExit
@@ -341,6 +341,8 @@ for terms_last in (False, True):
     for format in ("int8", "int4"):
         for rows in (1, 4, 7, 70):
             check_order(format, rows, terms_last, rows == 4)
+        for group in (16, 32, 64):
+            Grouped(3, 5, group, 66, format, False, terms_last).check()
     check_largest(3, terms_last)
 """
 

@@ -1,7 +1,8 @@
 // The product in groups in registers of 256 bits. A block says how the weight is decoded and multiplied:
 //
 //   Decode(bytes, to)      makes 32 bytes of the weight two registers, or the first of them
-//   To(total, weight, row) adds products, in each 32 bits those of neighbours
+//   To(total, weight, row) adds products; where two groups may share a block, in each 128 bits those of
+//                          one of its halves
 //
 // Compiled once for each instruction set, so all is in an unnamed namespace.
 
@@ -20,7 +21,7 @@ constexpr int64_t kBytesAhead = 4096;  // at least, that are fetched: the hardwa
 // int4 is masked, and shifted and masked: the even of 64 terms and the odd ones, and rows are laid out
 // like that. With their sign bits turned around the numbers are 8 more than they are.
 struct Nibbles {
-  static constexpr int kTerms = 64, kTermsPerByte = 2, kBias = 8;
+  static constexpr int kTerms = 64, kTermsPerByte = 2, kBias = 8, kMostParts = 2;
   static void Decode(__m256i bytes, __m256i (&to)[2]) {
     const __m256i mask = _mm256_set1_epi8(0xF);
     const __m256i turned = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x88)));
@@ -99,8 +100,8 @@ void Multiply(const Weight& weight, int64_t lane, int lanes, int64_t term, const
 template <typename Int8Block, typename Int4Block>
 constexpr GroupedKernels GroupedKernelsBy(const DotKernels& dot) {
   return {&dot,
-          {Int8Block::kTerms, 2, Int8Block::kBias, Multiply<Int8Block>},
-          {Int4Block::kTerms, 2, Int4Block::kBias, Multiply<Int4Block>},
+          {Int8Block::kTerms, Int8Block::kMostParts, Int8Block::kBias, Multiply<Int8Block>},
+          {Int4Block::kTerms, Int4Block::kMostParts, Int4Block::kBias, Multiply<Int4Block>},
           MultiplyLanes256<Int4Block>,
           nullptr,
           Unpack,

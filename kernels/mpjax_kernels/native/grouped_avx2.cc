@@ -26,6 +26,7 @@ struct Int4 : Nibbles {
 
 struct Int8 {
   static constexpr int kTerms = 32, kTermsPerByte = 1, kBias = 0;
+  static constexpr int kMostParts = 1;  // each half is in both of 128 bits
   static void Decode(__m256i bytes, __m256i (&to)[2]) {
     to[0] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes));
     to[1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1));

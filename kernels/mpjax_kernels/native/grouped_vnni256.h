@@ -22,7 +22,7 @@ struct Int4 : Nibbles {
 
 template <typename Instruction>
 struct Int8 {
-  static constexpr int kTerms = 32, kTermsPerByte = 1, kBias = 128;
+  static constexpr int kTerms = 32, kTermsPerByte = 1, kBias = 128, kMostParts = 2;
   static void Decode(__m256i bytes, __m256i (&to)[2]) {
     to[0] = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80)));
   }
