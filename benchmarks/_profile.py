@@ -33,6 +33,7 @@ _NATIVE_KINDS = {
     "quantize": "quantizing activations",
     "weight_dot": "products of weights, decoded",
     "grouped_dot": "products of int8 by int4",
+    "dynamic_grouped_dot": "products of int8 by int4",
 }
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 # In the names that `_inference_models.py` and Flax' attention give to their layers.

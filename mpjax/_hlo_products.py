@@ -17,8 +17,8 @@ from ._hlo_sources import Copy, Source, sources_of
 _CUBLAS = re.compile(r"__cublas\$")
 _CUDNN = re.compile(r"__cudnn\$conv(Forward|BackwardInput|BackwardFilter|Bias)?")
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
-# Takes floats, and multiplies them as int8.
-_QUANTIZES_LHS = "mpjax_dynamic_int8_dot"
+# Take floats, and multiply them as int8.
+_QUANTIZE_LHS = ("mpjax_dynamic_int8_dot", "mpjax_dynamic_grouped_dot")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _found(within: Computation, instruction: Instruction) -> _Found | None:
         if not is_product:
             return None
         found = _of(_largest(operands) if _is_pallas(instruction) else operands, flops)
-        if instruction.text("custom_call_target") != _QUANTIZES_LHS:
+        if instruction.text("custom_call_target") not in _QUANTIZE_LHS:
             return found
         lhs, rhs = found.shapes
         return dataclasses.replace(found, shapes=(dataclasses.replace(lhs, dtype="s8"), rhs))

@@ -122,7 +122,9 @@ def read_both_ways(case, target):
         text,
     )
     rows = re.findall(  # quantized in the call
-        r" custom-call\(%[\w.-]+, (%[\w.-]+)[^\n]*custom_call_target=\"mpjax_dynamic_int8_dot", text
+        r" custom-call\(%[\w.-]+, (%[\w.-]+)[^\n]*"
+        r'custom_call_target="mpjax_dynamic_(?:int8|grouped)_dot',
+        text,
     )
     # The operands of a ragged product come last, after what says where its groups are.
     ragged = re.findall(

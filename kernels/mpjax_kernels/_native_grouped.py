@@ -24,10 +24,10 @@ def takes(lhs: QTensor, rhs: QTensor, c: Contraction) -> bool:
     """Whether these are two of integers that ask for more than the product of two int8 does."""
     if not {lhs.format.name, rhs.format.name} <= {*_INTEGERS}:
         return False
-    return not (_is_plain(lhs, c.lhs_contract) and _is_plain(rhs, c.rhs_contract))
+    return not (is_plain(lhs, c.lhs_contract) and is_plain(rhs, c.rhs_contract))
 
 
-def _is_plain(q: QTensor, contract: tuple[int, ...]) -> bool:
+def is_plain(q: QTensor, contract: tuple[int, ...]) -> bool:
     """Whether it is int8 with its scale constant along the terms, and no zero point."""
     return q.format.name in INT8 and q.zero_point is None and not is_grouped(q, contract)
 
@@ -74,16 +74,38 @@ def dot_general(
         return jnp.zeros(contraction.result_shape, dtype)
     swapped = bool(_is_weight_left(lhs, rhs, contraction))
     left, weight, _ = matrices(lhs, rhs, contraction, swapped)
-    out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
-    result = jax.ShapeDtypeStruct((left.batch, left.free, weight.free), out)
-    call = jax.ffi.ffi_call("mpjax_grouped_dot", result, vmap_method="expand_dims")
-    rows = left.values if left.terms_last else jnp.swapaxes(left.values, 1, 2)
-    assert left.scale is not None and weight.group_scale is not None
-    row_scale = left.scale.reshape(left.batch, left.free)
-    operands = rows.astype(jnp.int8), _even(weight), row_scale, weight.group_scale
-    product = call(*operands, weight.group_zero_point, weight_terms_last=weight.terms_last)
+    assert left.scale is not None
+    rows = _rows(left).astype(jnp.int8), left.scale.reshape(left.batch, left.free)
+    product = _call("mpjax_grouped_dot", rows, left, weight, dtype)
     product = jnp.swapaxes(product, 1, 2) if swapped else product
     return product.reshape(contraction.result_shape).astype(dtype)
+
+
+def dynamic_dot_general(
+    x: Array, w: QTensor, contraction: Contraction, dtype: np.dtype
+) -> Float[Array, "*out"]:
+    """The same of an array that is quantized to int8 in the call, by a scale for each row."""
+    if contraction.terms == 0:
+        return jnp.zeros(contraction.result_shape, dtype)
+    left, weight, _ = matrices(x, w, contraction, swapped=False)
+    product = _call("mpjax_dynamic_grouped_dot", (_rows(left),), left, weight, dtype)
+    return product.reshape(contraction.result_shape).astype(dtype)
+
+
+def _rows(left: Matrices) -> Array:
+    return left.values if left.terms_last else jnp.swapaxes(left.values, 1, 2)
+
+
+def _call(
+    name: str, rows: tuple[Array, ...], left: Matrices, weight: Matrices, dtype: np.dtype
+) -> Float[Array, "batch rows columns"]:
+    """A call of rows, followed by their scales if they have some, and a weight."""
+    out = jnp.dtype(dtype if dtype.name in REALS else jnp.float32)
+    result = jax.ShapeDtypeStruct((left.batch, left.free, weight.free), out)
+    call = jax.ffi.ffi_call(name, result, vmap_method="expand_dims")
+    assert weight.group_scale is not None
+    scales = weight.group_scale, weight.group_zero_point
+    return call(rows[0], _even(weight), *rows[1:], *scales, weight_terms_last=weight.terms_last)
 
 
 def _even(weight: Matrices) -> Array:

@@ -12,6 +12,24 @@ namespace mpjax {
 
 using Dimensions = xla::ffi::AnyBuffer::Dimensions;
 
+// An array as a call has it: an argument, or one that it made of one.
+class View {
+ public:
+  View(const xla::ffi::AnyBuffer& of)
+      : type_(of.element_type()), sizes_(of.dimensions()), data_(of.untyped_data()) {}
+  View(xla::ffi::DataType type, Dimensions sizes, const void* data)
+      : type_(type), sizes_(sizes), data_(data) {}
+
+  xla::ffi::DataType element_type() const { return type_; }
+  Dimensions dimensions() const { return sizes_; }
+  const void* untyped_data() const { return data_; }
+
+ private:
+  xla::ffi::DataType type_;
+  Dimensions sizes_;
+  const void* data_;
+};
+
 // Whether the first `count` sizes are those of the result or 1.
 inline bool Broadcasts(const Dimensions& sizes, const Dimensions& out, size_t count) {
   for (size_t axis = 0; axis < count; ++axis) {

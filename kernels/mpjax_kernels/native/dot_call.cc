@@ -39,8 +39,7 @@ constexpr double kWorthAThread = 4e6, kMultiplicationsPerByte = 8;
 
 }  // namespace
 
-Operand::Operand(const char* name, const ffi::AnyBuffer& values, const ffi::AnyBuffer& scale,
-                 bool terms_last)
+Operand::Operand(const char* name, const View& values, const View& scale, bool terms_last)
     : name(name),
       type(values.element_type()),
       sizes(values.dimensions()),
@@ -49,16 +48,6 @@ Operand::Operand(const char* name, const ffi::AnyBuffer& values, const ffi::AnyB
       scale_sizes(scale.dimensions()),
       scale(scale.untyped_data()),
       terms_last(terms_last) {}
-
-Operand::Operand(const char* name, Dimensions sizes, const void* values, const float* scale)
-    : name(name),
-      type(ffi::S8),
-      sizes(sizes),
-      values(values),
-      scale_type(ffi::F32),
-      scale_sizes(sizes.first(sizes.size() - 1)),
-      scale(scale),
-      terms_last(true) {}
 
 int64_t Operand::count() const {
   int64_t count = 1;

@@ -36,10 +36,7 @@ struct Operand {
   const void* scale;
   bool terms_last;
 
-  Operand(const char* name, const xla::ffi::AnyBuffer& values, const xla::ffi::AnyBuffer& scale,
-          bool terms_last);
-  // Rows in int8 with a scale each, of the shape of an array.
-  Operand(const char* name, Dimensions sizes, const void* values, const float* scale);
+  Operand(const char* name, const View& values, const View& scale, bool terms_last);
 
   int64_t count() const;  // of its numbers
   size_t rank() const { return sizes.size(); }

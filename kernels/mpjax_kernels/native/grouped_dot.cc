@@ -5,6 +5,9 @@
 // columns], or [..., columns, terms] where `weight_terms_last` is true; its scale float32 [..., groups,
 // columns]; zero int8 of the shape of that, or with no groups if there are no zero points. Batch axes
 // come first, and a size of 1 broadcasts. XLA holds two int4 in a byte, the first in its lower half.
+//
+// In `mpjax_dynamic_grouped_dot` lhs is of floats, without a scale, and is quantized in the call, by the
+// scale of each row's amax (`quantized_rows.h`).
 
 #include <atomic>
 #include <cstring>
@@ -14,6 +17,7 @@
 #include "grouped_product.h"
 #include "isa.h"
 #include "parallel.h"
+#include "quantized_rows.h"
 #include "real_type.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -43,12 +47,12 @@ const GroupedKernels& Kernels() {
 }
 
 struct Call {
-  const ffi::AnyBuffer& lhs;
-  const ffi::AnyBuffer& weight;
-  const ffi::AnyBuffer& lhs_scale;
-  const ffi::AnyBuffer& scale;
-  const ffi::AnyBuffer& zero;
-  const ffi::AnyBuffer& out;
+  View lhs;
+  View weight;
+  View lhs_scale;
+  View scale;
+  View zero;
+  ffi::AnyBuffer out;
   bool terms_last;
 
   size_t rank() const { return out.dimensions().size(); }
@@ -61,7 +65,7 @@ struct Call {
   bool is_int4() const { return weight.element_type() == ffi::S4; }
   bool has_zero() const { return zero.dimensions()[rank() - 2] != 0; }
 
-  static bool Ends(const ffi::AnyBuffer& of, int64_t first, int64_t second) {
+  static bool Ends(const View& of, int64_t first, int64_t second) {
     const auto sizes = of.dimensions();
     return sizes[sizes.size() - 2] == first && sizes[sizes.size() - 1] == second;
   }
@@ -75,7 +79,7 @@ struct Call {
     if (zero.element_type() != ffi::S8) return "the zero points are not int8";
     if (!IsReal(out.element_type())) return "the result is not float32, bfloat16 or float16";
     if (rank() < 2) return "the result has fewer than two axes";
-    for (const ffi::AnyBuffer* operand : {&lhs, &weight, &scale, &zero}) {
+    for (const View* operand : {&lhs, &weight, &scale, &zero}) {
       const auto sizes = operand->dimensions();
       if (sizes.size() != rank()) return "operands and result differ in rank";
       if (!Broadcasts(sizes, out.dimensions(), batch())) return "the batches do not go together";
@@ -101,7 +105,7 @@ struct Call {
   }
 
   template <typename T>
-  const T* At(const ffi::AnyBuffer& of, int64_t b, int64_t numbers) const {
+  const T* At(const View& of, int64_t b, int64_t numbers) const {
     const int64_t index = BatchIndex(of.dimensions(), out.dimensions(), batch(), b);
     return static_cast<const T*>(of.untyped_data()) + index * numbers;
   }
@@ -126,13 +130,11 @@ struct Call {
   }
 };
 
-ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer weight,
-                      ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
-                      ffi::Result<ffi::AnyBuffer> result, bool weight_terms_last) {
-  const ffi::AnyBuffer out = *result;
-  const Call call = {lhs, weight, lhs_scale, scale, zero, out, weight_terms_last};
+// Computes a call by its name, once it is checked.
+ffi::Error Compute(const std::string& name, ffi::ThreadPool& pool, const Call& call) {
   const std::string wrong = call.Refusal();
-  if (!wrong.empty()) return ffi::Error::InvalidArgument("mpjax_grouped_dot: " + wrong);
+  if (!wrong.empty()) return ffi::Error::InvalidArgument(name + ": " + wrong);
+  ffi::AnyBuffer out = call.out;
   if (out.element_count() == 0) return ffi::Error::Success();
   if (call.terms() == 0) {
     std::memset(out.untyped_data(), 0, out.size_bytes());
@@ -156,8 +158,9 @@ ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer w
     ParallelFor(pool, count, body, claims);
   };
   const double terms = static_cast<double>(call.terms());
+  const double weight = terms * static_cast<double>(call.lanes());
   const double work = static_cast<double>(out.element_count()) * terms +
-                      kMultiplicationsPerByte * static_cast<double>(weight.element_count());
+                      kMultiplicationsPerByte * weight;
   KeepSubnormals keep;
   if (work < kWorthAThread) {
     for (int64_t b = 0; b < batch; ++b) compute(b, here, here);
@@ -167,14 +170,36 @@ ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer w
     compute(0, shared, shared);  // of one tile of rows the first loop is this thread's alone
   }
   if (in_memory) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mpjax_grouped_dot: no memory");
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, name + ": no memory");
+}
+
+ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer weight,
+                      ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                      ffi::Result<ffi::AnyBuffer> out, bool weight_terms_last) {
+  return Compute("mpjax_grouped_dot", pool,
+                 {lhs, weight, lhs_scale, scale, zero, *out, weight_terms_last});
+}
+
+ffi::Error DynamicGroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer weight,
+                             ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                             ffi::Result<ffi::AnyBuffer> out, bool weight_terms_last) {
+  const std::string name = "mpjax_dynamic_grouped_dot";
+  const QuantizedRows rows(pool, lhs);
+  if (!rows.refusal().empty()) return ffi::Error::InvalidArgument(name + ": " + rows.refusal());
+  if (!rows.in_memory()) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, name + ": no memory");
+  }
+  return Compute(name, pool, {rows.values(), weight, rows.scales(), scale, zero, *out,
+                              weight_terms_last});
 }
 
 }  // namespace
 }  // namespace mpjax
 
-extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* mpjax_grouped_dot(
-    XLA_FFI_CallFrame* call_frame);
+#define MPJAX_EXPORTED extern "C" __attribute__((visibility("default")))
+
+MPJAX_EXPORTED XLA_FFI_Error* mpjax_grouped_dot(XLA_FFI_CallFrame* call_frame);
+MPJAX_EXPORTED XLA_FFI_Error* mpjax_dynamic_grouped_dot(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_grouped_dot, mpjax::GroupedDot,
                               xla::ffi::Ffi::Bind()
@@ -182,6 +207,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_grouped_dot, mpjax::GroupedDot,
                                   .Arg<xla::ffi::AnyBuffer>()  // lhs
                                   .Arg<xla::ffi::AnyBuffer>()  // weight
                                   .Arg<xla::ffi::AnyBuffer>()  // lhs_scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // zero
+                                  .Ret<xla::ffi::AnyBuffer>()  // out
+                                  .Attr<bool>("weight_terms_last"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mpjax_dynamic_grouped_dot, mpjax::DynamicGroupedDot,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // lhs
+                                  .Arg<xla::ffi::AnyBuffer>()  // weight
                                   .Arg<xla::ffi::AnyBuffer>()  // scale
                                   .Arg<xla::ffi::AnyBuffer>()  // zero
                                   .Ret<xla::ffi::AnyBuffer>()  // out
