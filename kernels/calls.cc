@@ -18,6 +18,7 @@ extern "C" XLA_FFI_Error* mpjax_int8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_float8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_weight_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_dynamic_int8_dot(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* mpjax_dynamic_grouped_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_grouped_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_quantize(XLA_FFI_CallFrame*);
 extern "C" const char* mpjax_native_isa();
@@ -198,6 +199,14 @@ Call InGroups(XLA_FFI_DataType type, int64_t m, int64_t k, int64_t n, int64_t gr
           {{"weight_terms_last", last}}};
 }
 
+Call DynamicInGroups(int64_t m, int64_t k, int64_t n, int64_t groups, bool last) {
+  Call call = InGroups(XLA_FFI_DataType_S4, m, k, n, groups, last);
+  call.handler = mpjax_dynamic_grouped_dot;
+  call.in[0] = Random(XLA_FFI_DataType_F32, {1, m, k}, true, 1);
+  call.in.erase(call.in.begin() + 2);  // the scale of the rows
+  return call;
+}
+
 Call Cast(XLA_FFI_DataType type, int64_t rows, int64_t columns, int64_t scales) {
   Array scale = Random(XLA_FFI_DataType_F32, {scales}, true, 2);
   scale.data.assign(scale.data.size(), 0);  // not known yet
@@ -222,6 +231,7 @@ int main() {
       calls.push_back(Weighed(XLA_FFI_DataType_F8E5M2, m, 812, 1301, last));
       calls.push_back(InGroups(XLA_FFI_DataType_S8, m, 812, 1301, 4, last));
       calls.push_back(InGroups(XLA_FFI_DataType_S4, m, 816, 1302, 8, last));
+      calls.push_back(DynamicInGroups(m, 816, 1302, 8, last));
       calls.push_back(InGroups(XLA_FFI_DataType_S4, m, 800, 1302, 25, last));
       calls.push_back(InGroups(XLA_FFI_DataType_S4, m, 1302, 334, 1, last));
     }

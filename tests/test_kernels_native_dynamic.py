@@ -63,6 +63,38 @@ def test_it_has_the_bits_of_two_calls(rows, terms, columns, dtype, result, terms
     np.testing.assert_array_equal(one, two)
 
 
+WEIGHTS = {
+    "int4": {"format": "int4"},
+    "int4 in groups": {"format": "int4", "group_size": 16},
+    "int4 with zero points": {"format": "int4", "group_size": 32, "symmetric": False},
+    "int8 in groups": {"format": "int8", "group_size": 16},
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("terms_last", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_so_it_has_by_int4_and_in_groups(weight, terms_last, rows):
+    x, w = (
+        normal(rows, 96).astype(jnp.bfloat16),
+        mk.quantize(normal(96, 50), axis=0, **WEIGHTS[weight]),
+    )
+    w = mk.contiguous(w, axis=0) if terms_last else w
+    assert calls(in_one, x, w) == ["mpjax_dynamic_grouped_dot"]
+    np.testing.assert_array_equal(jax.jit(in_one)(x, w), jax.jit(in_two)(x, w))
+
+
+def test_by_int4_it_takes_no_terms_batches_and_layers():
+    w = mk.quantize(normal(3, 64, 48), "int4", axis=1, group_size=32)
+    x = normal(3, 2, 64)
+    axes = (((2,), (1,)), ((0,), (0,)))
+    one, two = (jax.jit(partial(f, axes=axes))(x, w) for f in (in_one, in_two))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(in_one))(x, w), two)
+    nothing = mk.quantize(jnp.zeros((0, 48)), "int4", axis=0)
+    np.testing.assert_array_equal(jax.jit(in_one)(jnp.zeros((2, 0)), nothing), jnp.zeros((2, 48)))
+
+
 @pytest.mark.parametrize(
     ("x", "w", "axes"),
     [
