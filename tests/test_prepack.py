@@ -2,6 +2,7 @@
 
 import re
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,30 @@ def test_a_file_keeps_them(int8, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, apply(loaded, TOKENS), apply(packed, TOKENS))
 
 
+def test_a_file_is_requantized_for_other_hardware(int8, tmp_path):
+    packed = int8[2]
+    path = mp.save(tmp_path / "model.safetensors", packed, policy="int8_from_float32")
+    loaded = mp.load(path, target="tpu7x")
+    float8 = mp.wrap(Net(), mp.load_policy(path, target="tpu7x"))
+    assert {leaf.format.name for leaf in stored(loaded)} == {"float8_e4m3fn"}
+    assert all(leaf.tiles == () for leaf in stored(loaded))
+    plain = mp.save(tmp_path / "plain.safetensors", int8[1], policy="int8_from_float32")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.jit(float8.apply)(loaded, TOKENS),
+        jax.jit(float8.apply)(mp.load(plain, target="tpu7x"), TOKENS),
+    )
+
+
+def test_an_input_that_does_not_fit_is_named_by_flax(int8):
+    model = mp.wrap(nn.Dense(32), "int8_from_float32")
+    packed = mp.quantize(
+        model, model.init(jax.random.key(0), jnp.ones((4, 64))), jnp.ones((4, 64)), prepack=True
+    )
+    with pytest.raises(flax.errors.ScopeParamShapeError, match="kernel"):
+        model.apply(packed, jnp.ones((4, 60)))
+
+
 def test_an_exported_model_runs_without_the_kernels(int8):
     model, plain, packed = int8
     run = mp.load_exported(mp.export(model, packed, TOKENS))
@@ -145,7 +170,7 @@ def test_stacked_layers_are_packed():
     np.testing.assert_array_equal(apply(packed, x), apply(plain, x))
 
 
-def test_an_nnx_model_is_packed_in_place():
+def test_an_nnx_model_is_packed_in_place(tmp_path):
     class Two(nnx.Module):
         def __init__(self, rngs):
             self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 48, rngs=rngs)
@@ -160,3 +185,9 @@ def test_an_nnx_model_is_packed_in_place():
     x = jax.random.normal(jax.random.key(1), (3, 32))
     run = nnx.jit(lambda model, x: model(x))
     np.testing.assert_array_equal(run(packed, x), run(plain, x))
+    path = mp.save(tmp_path / "model.safetensors", packed)
+    again = mp.load(path, model=mp.wrap(nnx.eval_shape(lambda: Two(nnx.Rngs(0))), packed.policy))
+    np.testing.assert_array_equal(run(again, x), run(plain, x))
+    float8 = mp.wrap(nnx.eval_shape(lambda: Two(nnx.Rngs(0))), mp.load_policy(path, target="tpu7x"))
+    mp.load(path, model=float8, target="tpu7x")
+    assert float8.up.kernel.get_raw_value().values.shape == (64, 32)

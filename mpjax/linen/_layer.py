@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,7 +84,12 @@ class Layer:
         stored = meta.unbox(self.module.get_variable("params", name))
         if not is_stored(stored) or stored.layout is None:
             return init_fn
-        shaped = functools.partial(jnp.reshape, shape=stored.values.shape)
+        whole = tuple(stored.shape[axis] for axis in stored.stored_axes)
+
+        def shaped(x: Any) -> Any:
+            x = jnp.transpose(x, stored.stored_axes)
+            return x.reshape(stored.values.shape) if x.shape == whole else x
+
         return lambda *args, **kwargs: jax.tree.map(shaped, init_fn(*args, **kwargs))
 
     def _observe(self, name: str, value: Any) -> None:
