@@ -9,14 +9,13 @@
 // In `mpjax_dynamic_grouped_dot` lhs is of floats, without a scale, and is quantized in the call, by the
 // scale of each row's amax (`quantized_rows.h`).
 
-#include <atomic>
 #include <cstring>
 #include <string>
 
 #include "batch.h"
+#include "batch_loop.h"
 #include "grouped_product.h"
 #include "isa.h"
-#include "parallel.h"
 #include "quantized_rows.h"
 #include "real_type.h"
 #include "xla/ffi/api/ffi.h"
@@ -141,34 +140,14 @@ ffi::Error Compute(const std::string& name, ffi::ThreadPool& pool, const Call& c
     return ffi::Error::Success();
   }
   const int64_t batch = static_cast<int64_t>(out.element_count()) / (call.rows() * call.lanes());
-  std::atomic<bool> in_memory{true};
-  const auto compute = [&](int64_t b, auto lay_out, auto loop) {
-    GroupedTiles tiles(Kernels(), call.Product(b), batch > 1 ? 1 : pool.num_threads());
-    if (!tiles.in_memory()) {
-      in_memory = false;
-      return;
-    }
-    lay_out(tiles.row_count(), [&](int64_t i) { tiles.LayOut(i); }, Claims::kInOrder);
-    loop(tiles.tile_count(), [&](int64_t i) { tiles.Compute(i); }, tiles.claims());
-  };
-  const auto here = [](int64_t count, const auto& body, Claims) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-  };
-  const auto shared = [&](int64_t count, const auto& body, Claims claims) {
-    ParallelFor(pool, count, body, claims);
-  };
   const double terms = static_cast<double>(call.terms());
   const double weight = terms * static_cast<double>(call.lanes());
-  const double work = static_cast<double>(out.element_count()) * terms +
-                      kMultiplicationsPerByte * weight;
-  KeepSubnormals keep;
-  if (work < kWorthAThread) {
-    for (int64_t b = 0; b < batch; ++b) compute(b, here, here);
-  } else if (batch > 1) {  // each by one thread
-    ParallelFor(pool, batch, [&](int64_t b) { compute(b, here, here); });
-  } else {
-    compute(0, shared, shared);  // of one tile of rows the first loop is this thread's alone
-  }
+  const double work = static_cast<double>(out.element_count()) * terms + kMultiplicationsPerByte * weight;
+  // Of one tile of rows the loop over them is this thread's alone.
+  const Shared shared = work < kWorthAThread ? Shared::kNothing : Shared::kRowsAndTiles;
+  const bool in_memory = ComputeBatch(pool, batch, shared, [&](int64_t b) {
+    return GroupedTiles(Kernels(), call.Product(b), batch > 1 ? 1 : pool.num_threads());
+  });
   if (in_memory) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, name + ": no memory");
 }

@@ -101,7 +101,7 @@ int64_t GroupedTiles::tile_count() const {
   return is_stream_ ? StreamTiles() : row_count() * DivideUp(p_.lanes, kWidth);
 }
 
-void GroupedTiles::LayOut(int64_t tile) {
+void GroupedTiles::Prepare(int64_t tile) {
   const int64_t first = tile * kTileRows, rows = std::min(kTileRows, p_.rows - first);
   for (int64_t row = first; row < first + rows; ++row) {
     for (int64_t g = 0; g < p_.groups; ++g) {

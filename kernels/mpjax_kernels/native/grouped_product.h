@@ -60,7 +60,7 @@ class GroupedTiles {
 
   bool in_memory() const;
   int64_t row_count() const { return (p_.rows + kTileRows - 1) / kTileRows; }
-  void LayOut(int64_t tile);
+  void Prepare(int64_t tile);
   int64_t tile_count() const;
   Claims claims() const { return is_stream_ ? Claims::kInOrder : Claims::kInRuns; }
   void Compute(int64_t tile);

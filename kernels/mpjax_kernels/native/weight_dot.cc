@@ -6,13 +6,12 @@
 // shape of scale, or with no groups if there are no zero points. Batch axes come first, and a size of
 // 1 broadcasts. XLA holds two int4 in a byte, the first in its lower half. Sums are in float32.
 
-#include <atomic>
 #include <cstring>
 #include <string>
 
 #include "batch.h"
+#include "batch_loop.h"
 #include "isa.h"
-#include "parallel.h"
 #include "real_type.h"
 #include "weight_product.h"
 #include "xla/ffi/api/ffi.h"
@@ -150,33 +149,14 @@ ffi::Error WeightDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer we
   }
   const int64_t batch = static_cast<int64_t>(out.element_count()) / (call.rows() * call.lanes());
   const bool is_float8 = call.table() != nullptr;
-  std::atomic<bool> in_memory{true};
-  const auto compute = [&](int64_t b, auto convert, auto loop) {
-    WeightTiles tiles(InFloat32(is_float8), Best(is_float8), call.Product(b));
-    if (!tiles.in_memory()) {
-      in_memory = false;
-      return;
-    }
-    convert(tiles.row_count(), [&](int64_t i) { tiles.ConvertRows(i); }, Claims::kInOrder);
-    loop(tiles.tile_count(), [&](int64_t i) { tiles.Compute(i); }, tiles.claims());
-  };
-  const auto here = [](int64_t count, const auto& body, Claims) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-  };
-  const auto shared = [&](int64_t count, const auto& body, Claims claims) {
-    ParallelFor(pool, count, body, claims);
-  };
   const double work = static_cast<double>(out.element_count()) * static_cast<double>(call.terms());
-  KeepSubnormals keep;
-  if (work < kWorthAThread) {
-    for (int64_t b = 0; b < batch; ++b) compute(b, here, here);
-  } else if (batch > 1) {  // each by one thread
-    ParallelFor(pool, batch, [&](int64_t b) { compute(b, here, here); });
-  } else if (call.rows() * call.terms() < kWorthConverting) {
-    compute(0, here, shared);
-  } else {
-    compute(0, shared, shared);
-  }
+  const bool are_many_rows = call.rows() * call.terms() >= kWorthConverting;
+  const Shared shared = work < kWorthAThread ? Shared::kNothing
+                        : are_many_rows      ? Shared::kRowsAndTiles
+                                             : Shared::kTiles;
+  const bool in_memory = ComputeBatch(pool, batch, shared, [&](int64_t b) {
+    return WeightTiles(InFloat32(is_float8), Best(is_float8), call.Product(b));
+  });
   if (in_memory) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "mpjax_weight_dot: no memory");
 }

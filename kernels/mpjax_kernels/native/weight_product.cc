@@ -62,7 +62,7 @@ const uint32_t* WeightTiles::LeftAt(int64_t row, int64_t group, int64_t term) co
   return left + row * left_stride_ + group * group_steps_ + term / kernels_.terms_per_step;
 }
 
-void WeightTiles::ConvertRows(int64_t tile) {
+void WeightTiles::Prepare(int64_t tile) {
   const int64_t last = std::min(p_.rows, (tile + 1) * kTileRows), terms = group();
   const size_t padded = static_cast<size_t>(group_steps_) * sizeof(uint32_t);
   for (int64_t row = tile * kTileRows; row < last; ++row) {

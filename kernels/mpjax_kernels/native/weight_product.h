@@ -40,7 +40,7 @@ class WeightTiles {
 
   bool in_memory() const { return left_.data() != nullptr && parts_.data() != nullptr; }
   int64_t row_count() const { return (p_.rows + kTileRows - 1) / kTileRows; }
-  void ConvertRows(int64_t tile);
+  void Prepare(int64_t tile);
   int64_t tile_count() const;
   Claims claims() const { return is_stream_ ? Claims::kInOrder : Claims::kInRuns; }
   void Compute(int64_t tile);
