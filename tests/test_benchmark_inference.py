@@ -45,7 +45,7 @@ def test_a_profile_adds_up(tmp_path):
         total = parts[name].pop("total")
         assert sum(parts[name].values()) == pytest.approx(total, abs=0.002)  # each is rounded
     int8, float32 = (parts[name] for name in NAMES[:2])
-    assert int8["quantizing activations"] > 0 and "quantizing activations" not in float32
+    assert "quantizing activations" not in float32  # nor in int8, where a native call does both
     assert "products of weights, f32" not in int8
 
 

@@ -89,8 +89,9 @@ def multiply_quantized(
         return choose(IMPLEMENTATIONS, implementation, (x, w), *static)
 
     refusal = (
-        f"{name} has no derivative: it rounds its activations, which is flat. "
-        "Differentiate the model before it is quantized"
+        f"{name} has no derivative: it rounds its activations, which is flat. To train through "
+        "quantized products use mpjax_kernels.quantized_dot_general, or a policy of mpjax; "
+        "differentiate the model before it is quantized"
     )
     return without_derivative(product, refusal)(x, as_stored(w, in_tiles=True))
 
