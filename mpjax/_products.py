@@ -27,7 +27,7 @@ from ._observed import ObservedScaling, ObservedWeight
 from ._prescaled import PreScaledWeight, is_stored, prescaled
 from ._roofline import NO_SIZE, ProductSize, why_plain
 from ._scaling import ScalingState
-from ._stored import CannotStoreError, Stored, cut, runs
+from ._stored import Activation, CannotStoreError, Stored, cut, runs
 from ._target import Target
 
 Operand = jax.Array | mk.QTensor | PreScaledWeight
@@ -179,11 +179,6 @@ class QuantizedProduct:
         is_array = not isinstance(activation, mk.QTensor)
         return activation.astype(x.dtype) if is_array else activation, stored
 
-    def _is_dynamic_by_row(self) -> bool:
-        """Whether activations are quantized by the amax of each row at hand."""
-        how = self.stored.activation
-        return how is not None and how.granularity == "row" and "input" not in self.states.read()
-
     def _trained(
         self, product: Any, *operands: Any, implementation: Any = IN_8_BITS, **options: Any
     ) -> jax.Array:
@@ -202,8 +197,8 @@ class QuantizedProduct:
         self.states.observe({name: found[name] for name in states if name in found})
         return out
 
-    def _activation_format(self, weight: mk.QTensor) -> str | None:
-        """What a stored weight's activations are quantized to; None if they are not."""
+    def _how(self, weight: mk.QTensor | PreScaledWeight) -> Activation | None:
+        """How a stored weight's activations are quantized; None if they are not."""
         if weight.format.name != self.stored.format:
             raise TypeError(
                 f"a weight is stored in {weight.format.name} ({weight!r}), but the policy of its "
@@ -211,15 +206,14 @@ class QuantizedProduct:
                 "that they were quantized under, or load them by mp.load(path, target=...) for "
                 "the hardware of this one"
             )
-        how = self.stored.activation
-        return None if how is None else how.format
+        return self.stored.activation
 
     def _activation(
         self, x: jax.Array, weight: mk.QTensor, axes: tuple[int, ...]
     ) -> jax.Array | mk.QTensor:
         """The other operand of a stored weight: `axes` are those that a row of it has."""
-        how = self.stored.activation
-        if self._activation_format(weight) is None or how is None:
+        how = self._how(weight)
+        if how is None:
             return x
         known = self.states.read().get("input")
         if known is not None:
@@ -289,11 +283,10 @@ class QuantizedDotGeneral(QuantizedProduct):
         lhs_axes, rhs_axes = dimension_numbers[0]
         if isinstance(rhs, mk.QTensor | PreScaledWeight):
             options |= {"implementation": IN_8_BITS}
-            if self._is_dynamic_by_row():
+            how = self._how(rhs)
+            if how is not None and how.granularity == "row" and "input" not in self.states.read():
                 x, w = self._unscaled(lhs, rhs, lhs_axes, rhs_axes)
-                format = self._activation_format(w)
-                assert format is not None
-                return mk.dynamic_dot_general(x, w, dimension_numbers, format, **options)
+                return mk.dynamic_dot_general(x, w, dimension_numbers, how.format, **options)
             x, w = self._stored_operands(lhs, rhs, lhs_axes, rhs_axes)
             return mk.dot_general(x, w, dimension_numbers, **options)
         observed = self._calibrating(lhs, rhs, lhs_axes, rhs_axes)
