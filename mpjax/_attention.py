@@ -21,20 +21,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import mpjax_kernels as mk
+
 Array = jax.Array
 Einsum = Callable[..., Array]
 
 
-def weighted_values(equation: str, weights: Array, value: Array, **options: Any) -> Array:
-    """`jnp.einsum` of `"...hqk,...khd->...qhd"` as weights @ value, whose heads are then moved.
+def scores_of(
+    equation: str, query: Array, key: Array, *, precision: Any = None, **options: Any
+) -> Array:
+    """`jnp.einsum` of `"...qhd,...khd->...hqk"`, which reads the cache of a decoding step as it is."""
+    del equation
+    return mk.attention_scores(query, key, precision=precision, **options)
 
-    As the equation stands JAX multiplies the transposes of both, for which XLA:CPU takes up to
-    twice as long.
-    """
-    operands, _, output = equation.partition("->")
-    turned = output[:-3] + output[-2] + output[-3] + output[-1]
-    product = jnp.einsum(f"{operands}->{turned}", weights, value, **options)
-    return jnp.swapaxes(product, -3, -2)
+
+def output_of(
+    equation: str, weights: Array, value: Array, *, precision: Any = None, **options: Any
+) -> Array:
+    """`jnp.einsum` of `"...hqk,...khd->...qhd"`, likewise."""
+    del equation
+    return mk.attention_output(weights, value, precision=precision, **options)
 
 
 PRODUCTS = ("scores", "output")  # the names of the two products, of which scaling states are kept
@@ -78,8 +84,8 @@ def linen_attention(
     dtype: Any = None,
     precision: Any = None,
     module: Any = None,
-    scores_einsum: Einsum = jnp.einsum,
-    output_einsum: Einsum = weighted_values,
+    scores_einsum: Einsum = scores_of,
+    output_einsum: Einsum = output_of,
 ) -> Array:
     """`flax.linen.dot_product_attention` with a float32 softmax; same arguments and shapes.
 
@@ -121,8 +127,8 @@ def nnx_attention(
     precision: Any = None,
     module: Any = None,
     is_causal: bool = False,
-    scores_einsum: Einsum = jnp.einsum,
-    output_einsum: Einsum = weighted_values,
+    scores_einsum: Einsum = scores_of,
+    output_einsum: Einsum = output_of,
 ) -> Array:
     """`flax.nnx.dot_product_attention`, as `linen_attention` is Linen's."""
     groups = query.shape[-2] // key.shape[-2]

@@ -29,7 +29,6 @@ from ._policy import CACHE_FORMATS, DTypePolicy
 from ._recipes import attention_recipe_of
 
 Array = jax.Array
-_IN_8_BITS = ("cpu", "gpu", "xla")  # never "reference", which would dequantize
 
 
 def empty_cache(shape: Sequence[int], dtype: Any, policy: DTypePolicy) -> mk.QTensor:
@@ -125,11 +124,12 @@ class DecodingStep:
 
         def scores(equation: str, query: Array, key: Array, precision: Any = None) -> Array:
             del equation, key  # the new key is in the cache
-            return scores_of(query, keys, quantized, precision)
+            options = {"precision": precision, "preferred_element_type": jnp.float32}
+            return mk.attention_scores(query, keys, quantized=quantized, **options)
 
         def output(equation: str, weights: Array, value: Array, precision: Any = None) -> Array:
             del equation, value
-            return output_of(weights, values, quantized, precision)
+            return mk.attention_output(weights, values, quantized=quantized, precision=precision)
 
         products = {"scores_einsum": scores, "output_einsum": output}
         return self.attention(query, key, value, mask=mask, **products, **options), keys, values
@@ -158,43 +158,3 @@ def write(cache: mk.QTensor, x: Array, index: Array) -> mk.QTensor:
         values=jax.lax.bitcast_convert_type(values, cache.values.dtype),
         scale=jax.lax.dynamic_update_slice(cache.scale, new.scale, start),
     )
-
-
-def scores_of(query: Array, keys: mk.QTensor, quantized: bool, precision: Any) -> Array:
-    """`query @ keys`, float32 [batch..., heads, 1, length]; the query quantized too if asked to."""
-    heads, depth = keys.shape[-2:]
-    grouped = query.reshape(*query.shape[:-2], heads, query.shape[-2] // heads, depth)
-    scores = mk.einsum(
-        "...qhgd,...khd->...hgqk",
-        mk.quantize(grouped, keys.format, axis=-1) if quantized else grouped,
-        keys,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        implementation=_IN_8_BITS,
-    )
-    return scores.reshape(*query.shape[:-3], query.shape[-2], *scores.shape[-2:])
-
-
-def output_of(weights: Array, values: mk.QTensor, quantized: bool, precision: Any) -> Array:
-    """`weights @ values`, [batch..., 1, heads, depth] in the dtype of the weights.
-
-    Weights times scales are brought to a largest of 1 before they are rounded to the dtype:
-    float16 does not hold numbers as small as they can be.
-    """
-    heads, depth = values.shape[-2:]
-    batch, rows = weights.shape[:-3], weights.shape[-3] // heads
-    scale = jnp.swapaxes(values.scale[..., 0], -1, -2)[..., :, None, None, :]
-    scaled = weights.reshape(*batch, heads, rows, *weights.shape[-2:]).astype(jnp.float32) * scale
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    top = jnp.where(top == 0, 1.0, top)
-    scaled = (scaled / top).astype(weights.dtype)
-    output = mk.einsum(
-        "...hgqk,...khd->...qhgd",
-        mk.quantize(scaled, values.format, axis=-1) if quantized else scaled,
-        dataclasses.replace(values, scale=jnp.ones((1,) * values.ndim, jnp.float32)),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        implementation=_IN_8_BITS,
-    )
-    output = output * jnp.moveaxis(top, -2, -4)
-    return output.reshape(*batch, weights.shape[-2], heads * rows, depth).astype(weights.dtype)

@@ -3,6 +3,8 @@
 from ._about import NativeKernels as NativeKernels
 from ._about import implementations as implementations
 from ._about import native_kernels as native_kernels
+from ._attention import attention_output as attention_output
+from ._attention import attention_scores as attention_scores
 from ._conv import conv_general_dilated as conv_general_dilated
 from ._dot_formats import DotFormats as DotFormats
 from ._dot_formats import OperandFormat as OperandFormat

@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 
 _PATH = Path(__file__).parent / "libmpjax_native.so"
-_TARGETS = ("mpjax_dynamic_grouped_dot", "mpjax_dynamic_int8_dot", "mpjax_float8_dot")
+_TARGETS = ("mpjax_attention_output", "mpjax_attention_scores")
+_TARGETS += ("mpjax_dynamic_grouped_dot", "mpjax_dynamic_int8_dot", "mpjax_float8_dot")
 _TARGETS += ("mpjax_grouped_dot", "mpjax_int8_dot", "mpjax_quantize", "mpjax_weight_dot")
 
 # The dtypes of arrays that kernels take, and of what they return.

@@ -1,0 +1,98 @@
+"""Attention of few queries by native CPU kernels: `native/attention.cc`.
+
+One call reads keys or values as a cache holds them, multiplies and sums in float32, whatever their
+dtype, and rounds once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._native import surroundings_refusal
+from ._native_library import INT8, REALS, native_refusal
+from ._native_or import native_or
+from ._qtensor import QTensor
+
+# That are multiplied by a head of the cache. XLA's products of more take longer than its transposes.
+_MOST_ROWS = 8
+_FORMATS = ("int8", "float8_e4m3fn")
+
+Product = Callable[[Array, "Array | QTensor"], Array]
+
+
+def takes(queried: Array, cached: Array | QTensor, rows: int, dtype: np.dtype) -> bool:
+    """Whether the native kernels multiply these, `rows` of them by each head of the cache."""
+    known = _FORMATS if isinstance(cached, QTensor) else REALS
+    name = cached.format.name if isinstance(cached, QTensor) else cached.dtype.name
+    if name not in known or not {queried.dtype.name, dtype.name}.issubset(REALS):
+        return False
+    if surroundings_refusal(*queried.shape, *cached.shape) or native_refusal(INT8[0]):
+        return False
+    return rows <= _MOST_ROWS
+
+
+def product_or(
+    otherwise: Product,
+    call: str,
+    result: jax.ShapeDtypeStruct,
+    queried: Float[Array, "*queried"],
+    cached: Float[Array, "*batch length heads depth"] | QTensor,
+) -> Array:
+    """The product by a native call; or by `otherwise(queried, cached)`, which its derivative is of.
+
+    Args:
+        otherwise: Hashable; used where a program cannot have native calls.
+        call: Its name.
+        result: Shape and dtype of the product.
+        queried: A query, or weights.
+        cached: Keys or values.
+    """
+    if isinstance(cached, QTensor):
+        values, scale, dtype = cached.values, cached.scale[..., 0], cached.dtype
+    else:
+        values, scale, dtype = cached, jnp.zeros((*cached.shape[:-3], 0, cached.shape[-2])), None
+    native = _Native(call, tuple(result.shape), jnp.dtype(result.dtype))
+    return _product(native, _Otherwise(otherwise, dtype), queried, values, scale)
+
+
+@dataclass(frozen=True)
+class _Native:
+    call: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __call__(self, queried: Array, values: Array, scale: Array) -> tuple[Array]:
+        result = jax.ShapeDtypeStruct(self.shape, self.dtype)
+        product = jax.ffi.ffi_call(self.call, result, vmap_method="expand_dims")
+        return (product(queried, values, scale),)
+
+
+@dataclass(frozen=True)
+class _Otherwise:
+    product: Product
+    dtype: Any  # the logical one of a QTensor; None for an array
+
+    def __call__(self, queried: Array, values: Array, scale: Array) -> tuple[Array]:
+        if self.dtype is None:
+            return (self.product(queried, values),)
+        return (self.product(queried, QTensor(values, scale[..., None], self.dtype)),)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _product(
+    native: _Native, otherwise: _Otherwise, queried: Array, values: Array, scale: Array
+) -> Array:
+    result = jax.ShapeDtypeStruct(native.shape, native.dtype)
+    return native_or(native, otherwise, (result,), queried, values, scale)[0]
+
+
+@_product.defjvp
+def _derivative(native: _Native, otherwise: _Otherwise, primals: Any, tangents: Any) -> Any:
+    _, (tangent,) = jax.jvp(otherwise, primals, tangents)
+    return _product(native, otherwise, *primals), tangent
