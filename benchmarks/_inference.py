@@ -90,13 +90,15 @@ def ours(policy: str, case: Case) -> Program:
     """The wrapped model, its weights quantized if the policy quantizes; on CPUs prepacked."""
     whole = mp.get_policy(policy)
     if not isinstance(whole, mp.QuantizedDTypePolicy):
-        return case.program(mp.wrap(case.model(), whole).apply, case.variables())
+        wrapped = mp.wrap(case.model(), whole)
+        return case.program(wrapped.apply, case.variables(wrapped))
     left = LEFT_FLOAT if isinstance(case, Encode) else ()
     layers: dict[str, Any] = {path: whole.source_name for path in left}
     model = mp.wrap(case.model(), mp.DTypePolicyMap(whole, layers))
     mutable: dict[str, Any] = {"mutable": ["cache"]} if isinstance(case, Decode) else {}
     options = {"return_report": True, "prepack": jax.default_backend() == "cpu"}
-    quantized, report = mp.quantize(model, case.variables(), *case.example(), **options, **mutable)
+    variables = case.variables(model)
+    quantized, report = mp.quantize(model, variables, *case.example(), **options, **mutable)
     if report.left and whole.scheme.weights != "int4":  # whose groups do not divide every axis
         raise ValueError(f"not everything is quantized: {report}")
     return case.program(model.apply, quantized)

@@ -53,7 +53,8 @@ class Encode:
         """The weights by their names in PyTorch, for another runtime."""
         return bert.random_tensors(self.shape, 0)
 
-    def variables(self) -> Any:
+    def variables(self, model: nn.Module | None = None) -> Any:
+        """The parameters, of whichever `model`."""
         return _encoder_variables(self.shape)
 
     def example(self) -> tuple[Any, ...]:
@@ -118,9 +119,15 @@ class Decode:
     def model(self) -> nn.Module:
         return Decoder(self.depth, self.width, self.heads, self.vocabulary)
 
-    def variables(self) -> Any:
-        """The parameters and an empty cache."""
-        return _decoder_variables(self)
+    def variables(self, model: nn.Module | None = None) -> Any:
+        """The parameters, and an empty cache as `model` keeps it, or the unwrapped one."""
+        variables = _decoder_variables(self)
+        if model is None:
+            return variables
+        whole = jnp.zeros((1, self.context), jnp.int32)
+        cache = jax.eval_shape(model.init, jax.random.key(0), whole)["cache"]
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+        return {**variables, "cache": empty}
 
     def example(self) -> tuple[Any, ...]:
         return (np.zeros((1, 1), np.int32),)

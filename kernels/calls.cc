@@ -14,6 +14,8 @@
 
 #include "xla/ffi/api/c_api.h"
 
+extern "C" XLA_FFI_Error* mpjax_attention_output(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* mpjax_attention_scores(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_int8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_float8_dot(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* mpjax_weight_dot(XLA_FFI_CallFrame*);
@@ -207,6 +209,18 @@ Call DynamicInGroups(int64_t m, int64_t k, int64_t n, int64_t groups, bool last)
   return call;
 }
 
+// Two queries of six heads to a cache of 133 positions and three heads.
+Call Attention(bool is_output, XLA_FFI_DataType type) {
+  const bool is_float = type == XLA_FFI_DataType_F32;
+  const std::vector<int64_t> query = {2, 2, 6, 83}, weights = {2, 6, 2, 133};
+  return {is_output ? mpjax_attention_output : mpjax_attention_scores,
+          {Random(XLA_FFI_DataType_F32, is_output ? weights : query, true, 1),
+           Random(type, {2, 133, 3, 83}, is_float, 2),
+           Random(XLA_FFI_DataType_F32, {2, is_float ? 0 : 133, 3}, true, 3)},
+          {Random(XLA_FFI_DataType_F32, is_output ? query : weights, true, 4)},
+          {}};
+}
+
 Call Cast(XLA_FFI_DataType type, int64_t rows, int64_t columns, int64_t scales) {
   Array scale = Random(XLA_FFI_DataType_F32, {scales}, true, 2);
   scale.data.assign(scale.data.size(), 0);  // not known yet
@@ -245,6 +259,10 @@ int main() {
   calls.push_back(Weighed(XLA_FFI_DataType_S8, 400, 808, 200, true));  // rows converted by several
   calls.push_back(Cast(XLA_FFI_DataType_S8, 300, 800, 300));
   calls.push_back(Cast(XLA_FFI_DataType_F8E4M3FN, 300, 800, 1));
+  for (const auto type : {XLA_FFI_DataType_F32, XLA_FFI_DataType_S8, XLA_FFI_DataType_F8E4M3FN}) {
+    calls.push_back(Attention(false, type));
+    calls.push_back(Attention(true, type));
+  }
   int wrong = 0;
   {
     XLA_FFI_ExecutionContext pool(4);

@@ -30,7 +30,7 @@ Einsum = Callable[..., Array]
 def scores_of(
     equation: str, query: Array, key: Array, *, precision: Any = None, **options: Any
 ) -> Array:
-    """`jnp.einsum` of `"...qhd,...khd->...hqk"`, which reads the cache of a decoding step as it is."""
+    """`jnp.einsum` of `"...qhd,...khd->...hqk"`, where it can on a cache as it lies."""
     del equation
     return mk.attention_scores(query, key, precision=precision, **options)
 

@@ -17,6 +17,7 @@ from ._hlo_sources import Copy, Source, sources_of
 _CUBLAS = re.compile(r"__cublas\$")
 _CUDNN = re.compile(r"__cudnn\$conv(Forward|BackwardInput|BackwardFilter|Bias)?")
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
+_ATTENTION = ("mpjax_attention_scores", "mpjax_attention_output")
 # Take floats, and multiply them as int8.
 _QUANTIZE_LHS = ("mpjax_dynamic_int8_dot", "mpjax_dynamic_grouped_dot")
 
@@ -176,6 +177,8 @@ def _custom(call: Instruction, operands: list[Instruction]) -> tuple[bool, int |
         return True, matrix_flops(shapes[0], shapes[1], call.shape, _batch(call.shape))
     if re.fullmatch(r"mpjax_\w+_dot", target):  # ours: [batch, ...] each
         return True, matrix_flops(shapes[0], shapes[1], call.shape, call.shape.dims[0])
+    if target in _ATTENTION:  # the first operand's last axis is summed over
+        return True, 2 * call.shape.size * shapes[0].dims[-1]
     if _is_pallas(call):
         cost = re.search(r'"cost_estimate":\{"flops":"?(\d+)', call.backend_config)
         return True, int(cost[1]) if cost else None

@@ -1,5 +1,8 @@
 """The products inside attention, under a policy that quantizes the layers around them."""
 
+import functools
+import re
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 from flax import nnx
 
 import mpjax as mp
-from mpjax._attention import linen_attention, nnx_attention, weighted_values
+from mpjax._attention import linen_attention, nnx_attention, output_of
+from tests.native_helpers import here
 
 FLAX = {"linen": nn.dot_product_attention, "nnx": nnx.dot_product_attention}
 OURS = {"linen": linen_attention, "nnx": nnx_attention}
@@ -30,15 +34,16 @@ def test_float32_attention_is_flaxs(api):
 
 
 def test_weights_are_multiplied_by_values_and_neither_is_transposed_first():
-    weights, value = normal(0, (2, 4, 7, 6)), normal(1, (2, 6, 4, 5))
+    """By XLA's product, which takes more queries than the native call does."""
+    weights, value = normal(0, (2, 4, 9, 6)), normal(1, (2, 6, 4, 5))
     equation = "...hqk,...khd->...qhd"
     expected = np.einsum("bhqk,bkhd->bqhd", weights, value)
-    np.testing.assert_allclose(weighted_values(equation, weights, value), expected, atol=1e-5)
+    np.testing.assert_allclose(output_of(equation, weights, value), expected, atol=1e-5)
     (dot,) = [
         eqn
-        for eqn in jax.make_jaxpr(lambda w, v: weighted_values(equation, w, v))(weights, value).eqns
+        for eqn in jax.make_jaxpr(lambda w, v: output_of(equation, w, v))(weights, value).eqns
         if eqn.primitive.name in ("dot_general", "jit", "pjit")
-        and any(v.aval.shape == (2, 4, 7, 5) for v in eqn.outvars)
+        and any(v.aval.shape == (2, 4, 9, 5) for v in eqn.outvars)
     ]
     assert [v.aval.shape for v in dot.invars] == [weights.shape, value.shape]
 
@@ -46,7 +51,7 @@ def test_weights_are_multiplied_by_values_and_neither_is_transposed_first():
 @pytest.mark.parametrize("policy", ["int8_from_float32", "int8_weight_only_from_float32"])
 def test_a_quantized_model_uses_it(policy):
     """The output product is [batch, heads, queries, depth], not [batch, heads, depth, queries]."""
-    x = normal(0, (2, 7, 8))
+    x = normal(0, (2, 9, 8))  # more queries than a native call takes
     linen = mp.wrap(nn.MultiHeadDotProductAttention(4), policy)
     variables = linen.init(jax.random.key(0), x)
     other = nnx.MultiHeadAttention(4, 8, decode=False, rngs=nnx.Rngs(0))
@@ -58,5 +63,46 @@ def test_a_quantized_model_uses_it(policy):
     )
     for text in texts:
         products = [line for line in text.splitlines() if "dot_general" in line]
-        assert any("-> tensor<2x4x7x2xf32>" in line for line in products)
+        assert any("-> tensor<2x4x9x2xf32>" in line for line in products)
         assert not any("-> tensor<2x4x2x7xf32>" in line for line in products)
+
+
+@pytest.mark.skipif(not here(), reason="no native kernels here")
+@pytest.mark.parametrize("cache", [None, "int8"])
+def test_a_decoding_step_reads_its_cache_as_it_lies(cache):
+    """No copy of the keys and values with their heads first, 2 x 4 x 9 x 2 or 2 x 4 x 2 x 9."""
+    policy = mp.QuantizedDTypePolicy("int8", "float32", kv_cache=cache)
+    linen = mp.wrap(nn.MultiHeadDotProductAttention(4, decode=True), policy)
+    variables = linen.init(jax.random.key(0), normal(0, (2, 9, 8)))
+    other = nnx.MultiHeadAttention(4, 8, decode=True, rngs=nnx.Rngs(0))
+    mp.wrap(other, policy)
+    other.init_cache((2, 9, 8))
+    graph, state = nnx.split(other)
+    step = normal(1, (2, 1, 8))
+
+    def run(state, x):
+        model = nnx.merge(graph, state)
+        return model(x), nnx.state(model)
+
+    apply = functools.partial(linen.apply, mutable=["cache"])
+    texts = (
+        jax.jit(apply).lower(variables, step).compile().as_text(),
+        jax.jit(run).lower(state, step).compile().as_text(),
+    )
+    for text in texts:
+        assert text.count('custom_call_target="mpjax_attention_scores"') == 1
+        assert text.count('custom_call_target="mpjax_attention_output"') == 1
+        assert not re.search(r"\[2,4,(9,2|2,9)\]|\[8,(9,2|2,9)\]", text)
+
+
+@pytest.mark.skipif(not here(), reason="no native kernels here")
+def test_explain_knows_the_calls_of_a_decoding_step():
+    linen = mp.wrap(nn.MultiHeadDotProductAttention(4, decode=True), "int8_from_mixed_bfloat16")
+    variables = linen.init(jax.random.key(0), normal(0, (2, 9, 8)))
+    apply = functools.partial(linen.apply, mutable=["cache"])
+    rows = mp.explain(apply, variables, normal(1, (2, 1, 8))).products
+    found = {row.unit: (row.lhs, row.rhs, row.flops, row.reason) for row in rows}
+    flops = 2 * 2 * 4 * 9 * 2  # two to a multiplication: batch, heads, positions, depth
+    for product in ("scores", "output"):
+        half = "bfloat16", "bfloat16", flops, "policy"
+        assert found[f"mpjax_attention_{product}"] == half

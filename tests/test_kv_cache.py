@@ -14,7 +14,7 @@ from flax import nnx
 import mpjax as mp
 import mpjax_kernels as mk
 from mpjax._attention import linen_attention
-from mpjax._kv_cache import DecodingStep, empty_cache, output_of, scores_of, write
+from mpjax._kv_cache import DecodingStep, empty_cache, write
 from tests.helpers import assert_trees_equal
 
 BATCH, LENGTH, HEADS, DEPTH = 2, 6, 4, 8
@@ -224,7 +224,7 @@ def test_weights_that_are_all_zero_give_zeros(quantized):
     """As dropout can leave them; the largest, by which they are divided, is zero then."""
     values = mk.quantize(jnp.ones((1, LENGTH, HEADS, DEPTH)), axis=-1)
     weights = jnp.zeros((1, HEADS, 1, LENGTH)).at[0, 0].set(0.5)
-    output = output_of(weights, values, quantized, None)
+    output = mk.attention_output(weights, values, quantized=quantized)
     expected = np.zeros((1, 1, HEADS, DEPTH))
     expected[0, 0, 0] = LENGTH / 2
     np.testing.assert_allclose(output, expected, rtol=1e-6)
@@ -235,7 +235,7 @@ def test_products_have_the_operands_and_the_precision_asked_for(quantized):
     """As a TPU has them, where precision means something."""
     cache = mk.quantize(jnp.ones((1, LENGTH, HEADS, DEPTH)), axis=-1)
     query, weights = jnp.ones((1, 1, HEADS, DEPTH)), jnp.ones((1, HEADS, 1, LENGTH))
-    for function, x in ((scores_of, query), (output_of, weights)):
+    for function, x in ((mk.attention_scores, query), (mk.attention_output, weights)):
         run = jax.jit(functools.partial(function, quantized=quantized, precision="highest"))
         text = run.trace(x, cache).lower(lowering_platforms=("tpu",)).as_text()
         (product,) = (line for line in text.splitlines() if "dot_general" in line)

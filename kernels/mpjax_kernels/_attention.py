@@ -5,7 +5,7 @@ cache holds them: position by position, each with all of its heads. XLA:CPU brin
 a head together first, which takes it longer than the products; the native kernels
 (`native/attention.cc`) read them as they lie. More queries, and other platforms, take XLA's.
 
-What is stored in 8 bits is multiplied as it is, and never dequantized as a whole: the scale of a key
+What is stored in 8 bits is never dequantized as a whole: the scale of a key
 multiplies the scores, as it is constant along the axis that they sum over, and the scale of a value
 multiplies the weight that meets it.
 """

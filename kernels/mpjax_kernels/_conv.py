@@ -11,7 +11,7 @@ from jaxtyping import Array
 from . import _conv_cpu, _conv_native, _conv_reference, _conv_xla
 from ._arguments import as_operand, result_dtype
 from ._convolution import Convolution, Padding, convolution
-from ._derivative import linear_in_array, without_derivative
+from ._derivative import linear_in_arrays, without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
 from ._layout import stored_axes
 from ._qtensor import QTensor
@@ -115,7 +115,7 @@ def conv_general_dilated(
         product = partial(product, implementation=implementation)
         return without_derivative(product, _NO_DERIVATIVE)(left, right)
     named = partial(product, implementation=implementation)
-    return linear_in_array(named, named)(left, right)
+    return linear_in_arrays(named, named)(left, right)
 
 
 def convolve(

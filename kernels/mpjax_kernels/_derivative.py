@@ -1,5 +1,7 @@
 """Derivatives of products that round: that of their linear part, or none and not zeros."""
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -24,25 +26,24 @@ def without_derivative(function: Callable, reason: str) -> Callable:
     return guarded
 
 
-def linear_in_array(product: Callable, linear_product: Callable) -> Callable:
-    """`product` of an array and a QTensor, whose derivative in the array is `linear_product`'s.
+def linear_in_arrays(product: Callable, linear_product: Callable) -> Callable:
+    """`product` of two operands, whose derivative in each array of them is `linear_product`'s.
 
-    That is the same product by an implementation that does not round the array. A derivative
-    in the QTensor raises `NotImplementedError`.
+    That is the same product by an implementation that does not round arrays. A derivative in a
+    QTensor raises `NotImplementedError`.
     """
     guarded = jax.custom_jvp(product)
 
     def rule(primals: tuple, tangents: tuple):
-        primals = tuple(primals)
-        moving = []
-        for primal, tangent in zip(primals, tangents, strict=True):
+        primals, terms = tuple(primals), []
+        for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
             parts = jax.tree.leaves(tangent, is_leaf=lambda t: isinstance(t, SymbolicZero))
-            moves = not all(isinstance(part, SymbolicZero) for part in parts)
-            if moves and isinstance(primal, QTensor):
+            if all(isinstance(part, SymbolicZero) for part in parts):
+                continue
+            if isinstance(primal, QTensor):
                 raise NotImplementedError(_NO_DERIVATIVE_OF_QTENSOR)
-            moving.append(tangent if moves else primal)
-        out = product(*primals)
-        return out, linear_product(*moving)
+            terms.append(linear_product(*primals[:i], tangent, *primals[i + 1 :]))
+        return product(*primals), functools.reduce(operator.add, terms)
 
     guarded.defjvp(rule, symbolic_zeros=True)
     return guarded

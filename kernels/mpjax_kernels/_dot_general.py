@@ -14,7 +14,7 @@ from jaxtyping import Array
 from . import _cpu, _gpu, _native, _reference, _tpu, _xla
 from ._arguments import as_operand, refuse_integer_result, result_dtype
 from ._contraction import Contraction, DimensionNumbers, contraction
-from ._derivative import linear_in_array, without_derivative
+from ._derivative import linear_in_arrays, without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
 from ._layout import stored_axes
 from ._qtensor import QTensor
@@ -133,7 +133,7 @@ def dot_general(
     )
     if isinstance(left, QTensor) and isinstance(right, QTensor):
         return without_derivative(product, _NO_DERIVATIVE)(left, right)
-    return linear_in_array(product, partial(product, implementation=_LINEAR))(left, right)
+    return linear_in_arrays(product, partial(product, implementation=_LINEAR))(left, right)
 
 
 def multiply(

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ._derivative import linear_in_arrays
 from ._native import surroundings_refusal
 from ._native_library import INT8, REALS, native_refusal
 from ._native_or import native_or
 from ._qtensor import QTensor
 
-# That are multiplied by a head of the cache. XLA's products of more take longer than its transposes.
+# More rows by a head of the cache take XLA longer than bringing its positions together.
 _MOST_ROWS = 8
 _FORMATS = ("int8", "float8_e4m3fn")
 
@@ -44,7 +45,7 @@ def product_or(
     queried: Float[Array, "*queried"],
     cached: Float[Array, "*batch length heads depth"] | QTensor,
 ) -> Array:
-    """The product by a native call; or by `otherwise(queried, cached)`, which its derivative is of.
+    """The product by a native call; or by `otherwise(queried, cached)`, whose derivative it has.
 
     Args:
         otherwise: Hashable; used where a program cannot have native calls.
@@ -53,12 +54,20 @@ def product_or(
         queried: A query, or weights.
         cached: Keys or values.
     """
+    native = _Native(call, tuple(result.shape), jnp.dtype(result.dtype))
+    return linear_in_arrays(partial(_product, native, otherwise), otherwise)(queried, cached)
+
+
+def _product(
+    native: "_Native", otherwise: Product, queried: Array, cached: Array | QTensor
+) -> Array:
     if isinstance(cached, QTensor):
         values, scale, dtype = cached.values, cached.scale[..., 0], cached.dtype
     else:
         values, scale, dtype = cached, jnp.zeros((*cached.shape[:-3], 0, cached.shape[-2])), None
-    native = _Native(call, tuple(result.shape), jnp.dtype(result.dtype))
-    return _product(native, _Otherwise(otherwise, dtype), queried, values, scale)
+    result = jax.ShapeDtypeStruct(native.shape, native.dtype)
+    operands = queried, values, scale
+    return native_or(native, _Otherwise(otherwise, dtype), (result,), *operands)[0]
 
 
 @dataclass(frozen=True)
@@ -82,17 +91,3 @@ class _Otherwise:
         if self.dtype is None:
             return (self.product(queried, values),)
         return (self.product(queried, QTensor(values, scale[..., None], self.dtype)),)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _product(
-    native: _Native, otherwise: _Otherwise, queried: Array, values: Array, scale: Array
-) -> Array:
-    result = jax.ShapeDtypeStruct(native.shape, native.dtype)
-    return native_or(native, otherwise, (result,), queried, values, scale)[0]
-
-
-@_product.defjvp
-def _derivative(native: _Native, otherwise: _Otherwise, primals: Any, tangents: Any) -> Any:
-    _, (tangent,) = jax.jvp(otherwise, primals, tangents)
-    return _product(native, otherwise, *primals), tangent

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Integer
 
 from . import _ragged_loop, _ragged_xla
 from ._arguments import as_operand, refuse_integer_result, result_dtype
-from ._derivative import linear_in_array, without_derivative
+from ._derivative import linear_in_arrays, without_derivative
 from ._implementation import Implementation, Operand, check_names, choose
 from ._qtensor import QTensor, describe
 
@@ -92,7 +92,7 @@ def ragged_dot(
     named = partial(product, implementation=implementation)
     if isinstance(left, QTensor) and isinstance(right, QTensor):
         return without_derivative(named, _NO_DERIVATIVE)(left, right, sizes)
-    return linear_in_array(named, partial(product, implementation=_LINEAR))(left, right, sizes)
+    return linear_in_arrays(named, partial(product, implementation=_LINEAR))(left, right, sizes)
 
 
 def _multiply(
