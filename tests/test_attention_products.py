@@ -90,6 +90,7 @@ def test_a_decoding_step_reads_its_cache_as_it_lies(cache):
         jax.jit(run).lower(state, step).compile().as_text(),
     )
     for text in texts:
+        assert text is not None
         assert text.count('custom_call_target="mpjax_attention_scores"') == 1
         assert text.count('custom_call_target="mpjax_attention_output"') == 1
         assert not re.search(r"\[2,4,(9,2|2,9)\]|\[8,(9,2|2,9)\]", text)
