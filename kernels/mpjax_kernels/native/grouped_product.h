@@ -95,7 +95,8 @@ class GroupedTiles {
   size_t StreamNumbers() const;
   void StreamTile(int64_t tile);
   void StreamPiece(int64_t piece);
-  void SettleLanes(int64_t lane, int64_t lanes) const;
+  void PrefetchScales(int64_t group, int64_t lane, int64_t lanes) const;
+  void SettleLanes(int64_t first, int64_t lanes) const;
   int32_t* PartAt(int64_t part, int64_t lane) const;
 
   int32_t* RowSums(int64_t group, int64_t row) const;

@@ -14,6 +14,7 @@ constexpr int64_t kMostSums = 8192;       // of the lanes of a strip and of all 
 constexpr int64_t kPartTerms = 512;       // of a group, at most
 constexpr int64_t kLeastPieceTerms = 128;
 constexpr int64_t kLanesAtOnce = 512;     // that are scaled and written
+constexpr int64_t kLineFloats = 16;       // of a line of the caches
 
 constexpr int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
@@ -70,10 +71,13 @@ void GroupedTiles::StreamTile(int64_t tile) {
   }
   WaitFor(done_, pieces());
   const int64_t first = (tile - pieces()) * kLanesAtOnce;
-  const int64_t end = std::min(p_.lanes, first + kLanesAtOnce);
-  for (int64_t lane = first; lane < end; lane += kWidth) {
-    SettleLanes(lane, std::min<int64_t>(kWidth, end - lane));
-  }
+  SettleLanes(first, std::min(kLanesAtOnce, p_.lanes - first));
+}
+
+// So that they are near when the sums are settled.
+void GroupedTiles::PrefetchScales(int64_t g, int64_t lane, int64_t lanes) const {
+  const float* scales = p_.scale + g * p_.lanes + lane;
+  for (int64_t i = 0; p_.groups > 1 && i < lanes; i += kLineFloats) __builtin_prefetch(scales + i, 0, 2);
 }
 
 void GroupedTiles::StreamPiece(int64_t piece) {
@@ -84,31 +88,38 @@ void GroupedTiles::StreamPiece(int64_t piece) {
   for (int64_t part = cut_.EndOf(index - 1); part < end; ++part) {
     const int64_t g = part / cut_.group_parts, term = part % cut_.group_parts * cut_.part_terms;
     const uint8_t* rows = left + g * (bytes / p_.groups) + term;
+    PrefetchScales(g, lane, lanes);
     kernels_.multiply_lanes(p_.weight, lane, lanes, g * group() + term,
                             std::min(cut_.part_terms, group() - term), {rows, bytes, p_.rows},
                             PartAt(part, lane));
   }
 }
 
-void GroupedTiles::SettleLanes(int64_t lane, int64_t lanes) const {
+// Group by group, whose scales and sums of neighbouring lanes are runs of memory.
+void GroupedTiles::SettleLanes(int64_t first, int64_t lanes) const {
   alignas(64) int32_t sums[kFewGroupedRows * kWidth];
-  alignas(64) float total[kFewGroupedRows * kWidth];
-  const int64_t numbers = p_.rows * kWidth;
+  alignas(64) float total[kFewGroupedRows * kLanesAtOnce];
+  const int64_t numbers = p_.rows * kWidth, end = first + lanes;
+  const auto width = [&](int64_t lane) { return std::min<int64_t>(kWidth, end - lane); };
   for (int64_t g = 0; g < p_.groups; ++g) {
-    const int32_t* of_group = PartAt(g * cut_.group_parts, lane);
-    if (cut_.group_parts > 1) {
-      std::copy_n(of_group, numbers, sums);
-      for (int64_t part = 1; part < cut_.group_parts; ++part) {
-        const int32_t* from = PartAt(g * cut_.group_parts + part, lane);
-        for (int64_t i = 0; i < numbers; ++i) {
-          sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(from[i]));
+    for (int64_t lane = first; lane < end; lane += kWidth) {
+      const int32_t* of_group = PartAt(g * cut_.group_parts, lane);
+      if (cut_.group_parts > 1) {
+        std::copy_n(of_group, numbers, sums);
+        for (int64_t part = 1; part < cut_.group_parts; ++part) {
+          const int32_t* from = PartAt(g * cut_.group_parts + part, lane);
+          for (int64_t i = 0; i < numbers; ++i) {
+            sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(from[i]));
+          }
         }
+        of_group = sums;
       }
-      of_group = sums;
+      Settle(of_group, 0, p_.rows, lane, width(lane), g, total + (lane - first) * p_.rows);
     }
-    Settle(of_group, 0, p_.rows, lane, lanes, g, total);
   }
-  Write(total, 0, p_.rows, lane, lanes);
+  for (int64_t lane = first; lane < end; lane += kWidth) {
+    Write(total + (lane - first) * p_.rows, 0, p_.rows, lane, width(lane));
+  }
 }
 
 }  // namespace mpjax

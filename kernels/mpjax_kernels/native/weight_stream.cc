@@ -10,6 +10,7 @@ namespace mpjax {
 namespace {
 
 constexpr int64_t kLanesAtOnce = 512;  // that are added up and written
+constexpr int64_t kLineFloats = 16;    // of a line of the caches
 
 }  // namespace
 
@@ -44,6 +45,10 @@ void WeightTiles::StreamPiece(int64_t piece) {
     next = std::min(end, (g + 1) * group());
     const Run run = {lane, static_cast<int>(lanes), term, static_cast<int>(next - term), nullptr};
     std::fill_n(sums, p_.rows * places, 0.0f);
+    // So that the scales are near when the sums are.
+    for (int64_t i = 0; i < lanes; i += kLineFloats) {
+      __builtin_prefetch(p_.scale + g * p_.lanes + lane + i, 0, 2);
+    }
     kernels_.stream(p_.weight, run, LeftAt(0, g, term - g * group()), left_stride_, p_.rows, places,
                     sums);
     for (int64_t row = 0; row < p_.rows; ++row) {
