@@ -19,12 +19,13 @@ from .._calibration_batches import first_and_all
 from .._context import Observation, Product
 from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose
+from .._einsum_product import QuantizedEinsum
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
 from .._prepack import packed
 from .._prescaled import is_stored
-from .._products import QuantizedDotGeneral, QuantizedEinsum
+from .._products import QuantizedDotGeneral
 from .._quantization_report import (
     QuantizationReport,
     QuantizedWeight,
