@@ -51,7 +51,7 @@ def export(
     Args:
       model: a wrapped Linen or NNX module.
       *args: Linen: the variables, then the arguments of one call; NNX: those arguments. Arrays may
-        be `jax.ShapeDtypeStruct`s: nothing is run.
+        be `jax.ShapeDtypeStruct`s, but for the weights inside: nothing is run.
       platforms: what to compile for: any of `"cpu"`, `"cuda"`, `"rocm"` and `"tpu"`.
       weights: `"inside"`: the program holds them. `"beside"`: it takes them as its first argument,
         a flat dict of arrays, which is returned too.
@@ -62,7 +62,8 @@ def export(
       `(bytes, {name: array})`.
 
     Raises:
-      ValueError: the model is not wrapped, or `platforms` or `weights` is unknown.
+      ValueError: the model is not wrapped, `platforms` or `weights` is unknown, or weights that
+        the program is to hold have no values.
       TypeError: `model` is not a Flax module, or the variables are missing.
       ImportError: flatbuffers is not installed.
 
@@ -77,6 +78,13 @@ def export(
     adapter = wrapped_adapter_of(model)
     function, tree, inputs = adapter.as_function(model, *args)
     tree = jax.tree.map(unpacked, tree, is_leaf=is_stored)
+    if weights == "inside" and any(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)
+    ):
+        raise ValueError(
+            f"the weights of {type(model).__name__} have no values, but shapes: give arrays, or "
+            "weights='beside' for a program that takes them as an argument"
+        )
     arrays = {name: x for name, x in kwargs.items() if _is_array(x)}
     fixed = {name: x for name, x in kwargs.items() if name not in arrays}
     called = type(model).__name__  # in messages of JAX, and in the program

@@ -248,6 +248,11 @@ def test_bad_arguments_are_named_before_any_work():
         mp.export(model, variables, X, weights="out")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="a dict with 'params', but got ndarray"):
         mp.export(model, X)
+    shapes = jax.eval_shape(lambda: variables)
+    with pytest.raises(ValueError, match="weights of Net have no values.*weights='beside'"):
+        mp.export(model, shapes, X)
+    _, weights = mp.export(model, shapes, X, platforms=("cpu",), weights="beside")
+    assert weights["params/Dense_0/kernel/values"] == jax.ShapeDtypeStruct((128, 128), jnp.int8)
     with pytest.raises(ValueError, match="Net is not wrapped"):
         mp.export(Net(), variables, X)
 
