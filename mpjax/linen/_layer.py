@@ -88,7 +88,7 @@ class Layer:
 
         def shaped(x: Any) -> Any:
             if x.shape != stored.shape:
-                where = self.module.scope.path_text  # as Flax says it of what has no layout
+                where = f"/{self.full_path}"  # as Flax says it of what has no layout
                 raise errors.ScopeParamShapeError(name, where, stored.shape, x.shape)
             return jnp.transpose(x, stored.stored_axes).reshape(stored.values.shape)
 
