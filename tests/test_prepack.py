@@ -41,10 +41,9 @@ class Net(nn.Module):
 TOKENS = jnp.arange(10).reshape(2, 5)
 
 
-def quantized(policy, **options):
-    model = mp.wrap(Net(), policy)
-    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
-    return model, mp.quantize(model, variables, TOKENS, **options)
+def quantized_dense(policy, **options):
+    model, x = mp.wrap(nn.Dense(32), policy), jnp.ones((4, 64))
+    return model, mp.quantize(model, model.init(jax.random.key(0), x), x, **options)
 
 
 def in_process(script, *args, **environment):
@@ -61,9 +60,18 @@ def in_process(script, *args, **environment):
 
 
 @pytest.fixture(scope="module")
-def int8():
-    plain = quantized("int8_from_float32")
-    return (*plain, quantized("int8_from_float32", prepack=True)[1])
+def both():
+    """A model, and what it is with and without `prepack=True`, each with its report."""
+    model = mp.wrap(Net(), "int8_from_float32")
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+    quantize = functools.partial(mp.quantize, model, variables, TOKENS, return_report=True)
+    return model, quantize(), quantize(prepack=True)
+
+
+@pytest.fixture(scope="module")
+def int8(both):
+    model, (plain, _), (packed, _) = both
+    return model, plain, packed
 
 
 @reads
@@ -110,16 +118,16 @@ def test_a_model_reads_them_as_they_are(int8):
     ],
 )
 def test_other_weights_stay_as_they_are(policy, why):
-    plain = quantized(policy)[1]
-    with pytest.warns(UserWarning, match=rf"no weight of Net to prepack, .* without: {why}$"):
-        packed = quantized(policy, prepack=True)[1]
+    plain = quantized_dense(policy)[1]
+    with pytest.warns(UserWarning, match=rf"no weight of Dense to prepack, .* without: {why}$"):
+        packed = quantized_dense(policy, prepack=True)[1]
     for a, b in zip(stored(plain), stored(packed), strict=True):
         assert (a.layout, a.tiles) == (b.layout, b.tiles)
 
 
 @reads
-def test_the_report_says_what_is_prepacked_and_why_the_rest_is_not():
-    report = quantized("int8_from_float32", prepack=True, return_report=True)[1][1]
+def test_the_report_says_what_is_prepacked_and_why_the_rest_is_not(both):
+    _, (_, without), (_, report) = both
     packed = [each.path.split("/")[-2] for each in report.prepacked]
     assert sorted(packed) == ["dense", "key", "out", "query", "value"]
     unpacked = {each.path.split("/")[-2]: each.unpacked for each in report.weights}
@@ -134,7 +142,6 @@ def test_the_report_says_what_is_prepacked_and_why_the_rest_is_not():
     assert lines[-1].endswith(", 0 left as they were, 5 prepacked")
     ends = {line.split("/")[-2]: line.rpartition("  ")[2].strip() for line in lines[1:-1]}
     assert (ends["dense"], ends["odd"]) == ("prepacked", f"not prepacked: {unpacked['odd']}")
-    without = quantized("int8_from_float32", return_report=True)[1][1]
     assert without.prepacked == () and without.why_none_prepacked is None
     assert "prepacked" not in str(without)
 
@@ -245,11 +252,8 @@ def test_a_file_is_requantized_for_other_hardware(int8, tmp_path):
 
 
 @reads
-def test_an_input_that_does_not_fit_is_named_by_flax(int8):
-    model = mp.wrap(nn.Dense(32), "int8_from_float32")
-    packed = mp.quantize(
-        model, model.init(jax.random.key(0), jnp.ones((4, 64))), jnp.ones((4, 64)), prepack=True
-    )
+def test_an_input_that_does_not_fit_is_named_by_flax():
+    model, packed = quantized_dense("int8_from_float32", prepack=True)
     with pytest.raises(
         flax.errors.ScopeParamShapeError, match=r'"kernel" .*\(60, 32\).*\(64, 32\)'
     ):
