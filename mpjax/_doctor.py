@@ -125,6 +125,8 @@ def _kernels(target: Target | None) -> Rows:
     native = mk.native_kernels()
     if native.isa is not None:
         rows.append(("native CPU kernels", f"used, with {native.isa}: {', '.join(native.formats)}"))
+        prepacked = native.tiles_refusal or "int8 weights, by mp.quantize(..., prepack=True)"
+        rows.append(("prepacked weights", prepacked))
         return rows
     rows.append(("native CPU kernels", f"not used: {native.refusal}"))
     rows.append(("", f"this CPU is {platform.machine()}, {resolve_target('cpu').name}"))

@@ -6,6 +6,7 @@ compares the checksum that an artifact ends in.
 """
 
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ import jax
 from jax import export as jax_export
 
 from ._cast import is_floating
+from ._context import observe
+from ._prepack import unpacked
+from ._prescaled import is_stored
 from ._safetensors import ModelFileError
 from ._wrap import wrapped_adapter_of
 
@@ -40,10 +44,14 @@ def export(
     A symbolic size, `b, = jax.export.symbolic_shape("b")`, makes it a program for every size. What
     is fast on a CPU depends on the sizes: with symbolic ones, products there take XLA's own form.
 
+    Weights go into the program as they are: give what `mpjax.quantize` returned. Floats under a
+    quantized policy are multiplied as in training, quantized anew at every call or not at all.
+    Prepacked weights are put in order, as no exported program reads them.
+
     Args:
       model: a wrapped Linen or NNX module.
       *args: Linen: the variables, then the arguments of one call; NNX: those arguments. Arrays may
-        be `jax.ShapeDtypeStruct`s: nothing is run.
+        be `jax.ShapeDtypeStruct`s, but for the weights inside: nothing is run.
       platforms: what to compile for: any of `"cpu"`, `"cuda"`, `"rocm"` and `"tpu"`.
       weights: `"inside"`: the program holds them. `"beside"`: it takes them as its first argument,
         a flat dict of arrays, which is returned too.
@@ -54,26 +62,42 @@ def export(
       `(bytes, {name: array})`.
 
     Raises:
-      ValueError: the model is not wrapped, or `platforms` or `weights` is unknown.
+      ValueError: the model is not wrapped, `platforms` or `weights` is unknown, or weights that
+        the program is to hold have no values.
       TypeError: `model` is not a Flax module, or the variables are missing.
       ImportError: flatbuffers is not installed.
+
+    Warns:
+      UserWarning: weights are floats that `mpjax.quantize` would store in fewer bits.
 
     References:
       https://docs.jax.dev/en/latest/export/export.html
     """
     _check(platforms, weights)
     _require_flatbuffers()
-    function, tree, inputs = wrapped_adapter_of(model).as_function(model, *args)
-    called = type(model).__name__  # in messages of JAX, and in the program
+    adapter = wrapped_adapter_of(model)
+    function, tree, inputs = adapter.as_function(model, *args)
+    tree = jax.tree.map(unpacked, tree, is_leaf=is_stored)
+    if weights == "inside" and any(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)
+    ):
+        raise ValueError(
+            f"the weights of {type(model).__name__} have no values, but shapes: give arrays, or "
+            "weights='beside' for a program that takes them as an argument"
+        )
     arrays = {name: x for name, x in kwargs.items() if _is_array(x)}
     fixed = {name: x for name, x in kwargs.items() if name not in arrays}
+    called = type(model).__name__  # in messages of JAX, and in the program
     if weights == "inside":
 
         def inside(*args: Any, **arrays: Any) -> Any:
             return function(tree, *args, **arrays, **fixed)
 
         inside.__name__ = called
-        return _serialized(inside, platforms, *inputs, **arrays)
+        with observe() as observation:
+            made = _serialized(inside, platforms, *inputs, **arrays)
+        _warn_of_floats(called, adapter.unquantized(model, tree, observation))
+        return made
     leaves, structure = jax.tree.flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -82,7 +106,10 @@ def export(
         return function(tree, *args, **arrays, **fixed)
 
     beside.__name__ = called
-    return _serialized(beside, platforms, named, *inputs, **arrays), named
+    with observe() as observation:
+        made = _serialized(beside, platforms, named, *inputs, **arrays)
+    _warn_of_floats(called, adapter.unquantized(model, tree, observation))
+    return made, named
 
 
 def load_exported(blob: bytes | str | os.PathLike[str]) -> Callable[..., Any]:
@@ -123,6 +150,20 @@ def load_exported(blob: bytes | str | os.PathLike[str]) -> Callable[..., Any]:
             f"({type(error).__name__}: {error}): export the model with this version of JAX"
         ) from error
     return exported.call
+
+
+def _warn_of_floats(model: str, weights: Mapping[str, str]) -> None:
+    """Warns of float weights, by path, that their policy stores in another format."""
+    if not weights:
+        return
+    lines = [f"{path}: {format} by its policy" for path, format in weights.items()]
+    more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+    warnings.warn(
+        f"{len(weights)} weights of {model} are floats in the exported program, which quantizes "
+        "them at every call or multiplies them as floats: export what mp.quantize returned, or "
+        "give their layers a float policy\n  " + "\n  ".join(lines[:10] + more),
+        stacklevel=3,
+    )
 
 
 def _content(blob: bytes | str | os.PathLike[str]) -> tuple[str, bytes]:

@@ -98,6 +98,16 @@ class LeafRecord:
         arrays = {part: record.abstract for part, record in self.arrays.items()}
         return put_together(LeafParts(self.kind, self.static, arrays))
 
+    def without_tiles(self) -> "LeafRecord":
+        """The same leaf, in no tiles."""
+        if not self.static.get("tiles"):
+            return self
+        q = self.abstract
+        shape = tuple(q.shape[axis] for axis in q.stored_axes)
+        arrays = {**self.arrays, "values": dataclasses.replace(self.arrays["values"], shape=shape)}
+        static = {name: value for name, value in self.static.items() if name != "tiles"}
+        return dataclasses.replace(self, static=static, arrays=arrays)
+
 
 @dataclasses.dataclass(frozen=True)
 class Header:

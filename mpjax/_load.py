@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ._file_bytes import read_array
 from ._file_header import Header, LeafRecord, nest
 from ._file_leaves import LeafParts, put_together
@@ -11,6 +13,7 @@ from ._modes import AUTO8
 from ._paths import join
 from ._placement import sharding_at, shardings_of_parts
 from ._policy_map import Policy, freeze
+from ._prepack import reads_tiles, unpacked
 from ._requantize import Plan, RequantizationReport, is_auto, placed, policy_for, row_of
 from ._safetensors import ModelFileError, SafetensorsFile, damaged, open_safetensors
 from ._save import nnx_adapter
@@ -34,7 +37,9 @@ def load(
         model = mp.wrap(Net(rngs), mp.load_policy("model.safetensors"))     # NNX
         y = mp.load("model.safetensors", model)(x)
 
-    Each array goes to its devices as it is read, so the host holds one of them at a time.
+    Each array goes to its devices as it is read, so the host holds one of them at a time. Weights
+    that were prepacked (`mpjax.quantize(..., prepack=True)`) stay so where the CPU at hand reads
+    them; on other hardware, and on several devices, the same numbers are put in order.
 
     A target may multiply other 8 bits than the file stores. Weights are requantized for it then,
     one by one, for a model that is wrapped with the policy for that target:
@@ -80,17 +85,17 @@ def load(
         header = Header.of(file)
         plan, name = _plan(file.path, header, target, is_linen=nnx is None)
         kept = [leaf for leaf in header.leaves if plan is None or plan.is_kept(leaf)]
-        leaves = [(leaf, leaf if plan is None else plan.record(leaf)) for leaf in kept]
-        after = [new for _, new in leaves]
+        after = [leaf if plan is None else plan.record(leaf) for leaf in kept]
         if nnx is not None:
             _check_fits(file.path, list(nnx.differences(model, after)))
         if nnx is not None and shardings is None:
             where = nnx.shardings_of(model, after)
         else:
             where = {leaf.path: sharding_at(shardings, leaf.path) for leaf in after}
+        after = [_as_read(leaf, where[leaf.path]) for leaf in after]
         parts = {leaf.path: _shardings_of(leaf, where[leaf.path]) for leaf in after}
         values, rows = {}, []
-        for old, new in leaves:
+        for old, new in zip(kept, after, strict=True):
             values[new.path], error = _read_as(file, plan, old, new, parts[new.path])
             rows.append(row_of(old, new, error))
     loaded = nest(values.items()) if nnx is None else nnx.put(model, values)
@@ -123,10 +128,22 @@ def _read_as(
     file: SafetensorsFile, plan: Plan | None, old: LeafRecord, new: LeafRecord, places: Any
 ) -> tuple[Any, float]:
     """A leaf as it is to be, where it is to be; and the relative error of that."""
-    if plan is None or old is new:
+    if old is new:
         return _read(file, old, places), 0.0
-    value, error = plan.convert(old, _read(file, old, dict.fromkeys(old.arrays)))
+    value, error = _read(file, old, dict.fromkeys(old.arrays)), 0.0
+    if plan is not None:
+        value, error = plan.convert(old, value)
+    if not new.static.get("tiles"):
+        value = unpacked(value)
     return placed(value, places), error
+
+
+def _as_read(leaf: LeafRecord, sharding: Any) -> LeafRecord:
+    """A leaf in the tiles that products read where it goes to; or in none."""
+    devices: set[Any] = set()
+    for each in jax.tree.leaves(sharding):
+        devices |= getattr(each, "device_set", set())
+    return leaf if reads_tiles() and len(devices) < 2 else leaf.without_tiles()
 
 
 def load_policy(path: str | Path, *, target: str | Target | None = None) -> Policy:

@@ -46,6 +46,8 @@ class QuantizedWeight:
       reason: why it was left as it was; None if it was quantized.
       wanted: whether its policy asks to quantize it.
       rounding: by which method it was rounded, and the errors with and without.
+      prepacked: whether it is stored as native kernels of this CPU read it.
+      unpacked: why it is not, although `prepack=True` asked for it; else None.
     """
 
     path: str
@@ -57,6 +59,8 @@ class QuantizedWeight:
     reason: str | None = None
     wanted: bool = True
     rounding: Rounding = PLAIN
+    prepacked: bool = False
+    unpacked: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +83,27 @@ class QuantizationReport:
         """The weights that stayed floats although their policy asks to quantize them."""
         return tuple(each for each in self.weights if each.reason is not None and each.wanted)
 
+    @property
+    def prepacked(self) -> tuple[QuantizedWeight, ...]:
+        """The weights that are stored as native kernels of this CPU read them."""
+        return tuple(each for each in self.weights if each.prepacked)
+
+    @property
+    def why_none_prepacked(self) -> str | None:
+        """Why `prepack=True` changed no weight; None if it did, or was not asked for."""
+        reasons = {each.path: each.unpacked for each in self.weights if each.unpacked is not None}
+        if self.prepacked or not reasons:
+            return None
+        (first, *others) = dict.fromkeys(reasons.values())
+        if not others:
+            return first
+        return "".join(f"\n  {path}: {reason}" for path, reason in reasons.items())
+
     def __str__(self) -> str:
         rows = [("weight", "shape", "stored as", "scales", "MB", "")]
         for each in self.weights:
             shape = "x".join(map(str, each.shape))
-            size, why = f"{each.bytes_after / 1e6:.3g}", each.reason or str(each.rounding)
+            size, why = f"{each.bytes_after / 1e6:.3g}", _remarks(each)
             rows.append((each.path, shape, each.dtype, str(each.scales or ""), size, why))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         cells = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
@@ -91,11 +111,26 @@ class QuantizationReport:
         after = sum(each.bytes_after for each in self.weights)
         left = sum(each.reason is not None for each in self.weights)
         total = f"{before / 1e6:.3g} MB -> {after / 1e6:.3g} MB, {left} left as they were"
+        packed = len(self.prepacked)
+        if packed or any(each.unpacked for each in self.weights):
+            total += f", {packed} prepacked"
         return "\n".join([*("  ".join(row).rstrip() for row in cells), total])
 
 
+def _remarks(weight: QuantizedWeight) -> str:
+    """What a table says of a weight beside its numbers."""
+    packed = "prepacked" if weight.prepacked else ""
+    unpacked = f"not prepacked: {weight.unpacked}" if weight.unpacked else ""
+    parts = (weight.reason, str(weight.rounding), packed, unpacked)
+    return "; ".join(part for part in parts if part)
+
+
 def quantized_weight(
-    path: str, before: Any, after: Any, rounding: Rounding = PLAIN
+    path: str,
+    before: Any,
+    after: Any,
+    rounding: Rounding = PLAIN,
+    unpacked: str | None = None,
 ) -> QuantizedWeight:
     """The row of a weight that was quantized."""
     return QuantizedWeight(
@@ -106,6 +141,8 @@ def quantized_weight(
         before.nbytes,
         after.nbytes,
         rounding=rounding,
+        prepacked=bool(after.tiles),
+        unpacked=unpacked,
     )
 
 

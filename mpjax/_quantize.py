@@ -20,7 +20,7 @@ from ._context import Product
 from ._lazy_array import LazyArray, in_memory
 from ._observers import Observer
 from ._placement import shardings_of_parts
-from ._prescaled import PreScaledWeight, is_stored
+from ._prescaled import is_stored
 from ._quantization_report import QuantizationReport
 from ._stored import CannotStoreError, Stored, cut
 from ._wrap import policies_of, wrapped_adapter_of
@@ -114,9 +114,10 @@ def quantize(
         what is traced stay.
       prepack: whether int8 weights that are multiplied by int8 are stored as the native kernels of
         this machine's CPU read them (`mpjax_kernels.prepacked`), which saves most where calls have
-        few rows. Results are the same. It is for this CPU alone: elsewhere, and exported, a weight
-        is put in order at every call. Other weights, those of convolutions, tables of embeddings
-        and what is split over devices stay as they are, as does everything on GPUs and TPUs.
+        few rows. Results are the same. `mpjax.load`, on a machine that does not read them, and
+        `mpjax.export` put them in order. Other weights, those of convolutions, tables of embeddings
+        and what is split over devices stay as they are, as does everything on GPUs and TPUs: the
+        report says of each weight whether it is prepacked, or why not.
       **kwargs: Linen: keyword arguments of the call (`train=False`, `method=`, `rngs=`, ...). NNX:
         `rows=`, how many rows (tokens) of input a call has, by which a model that was wrapped with
         `when="profitable"` judges its layers, as a Linen model does by `x`; left out: very many.
@@ -144,7 +145,8 @@ def quantize(
       ImportError: `progress=True` without tqdm.
 
     Warns:
-      UserWarning: weights were left in their source precision, see `return_report`.
+      UserWarning: weights were left in their source precision, or `prepack` changed none, see
+        `return_report`.
 
     References:
       Xiao et al., SmoothQuant, 2022, https://arxiv.org/abs/2211.10438
@@ -169,6 +171,12 @@ def quantize(
             f"{len(report.left)} weights of {type(model).__name__} stay in their source precision "
             f"although their policy quantizes them:{left}\nmp.quantize(..., return_report=True) "
             "returns this list instead; a policy map can give these layers a float policy",
+            stacklevel=2,
+        )
+    if prepack and report.quantized and not report.prepacked:
+        warnings.warn(
+            f"prepack=True found no weight of {type(model).__name__} to prepack, which computes "
+            f"the same without: {report.why_none_prepacked}",
             stacklevel=2,
         )
     return quantized
@@ -218,31 +226,6 @@ def quantize_weight(weight: Any, stored: Stored, product: Product, path: str) ->
     q = _stored(array, stored.format, axis, group_size, stored.symmetric)
     # Waited for, so that no two layers are in memory at once.
     return jax.block_until_ready(_placed_like(array, q, path))
-
-
-def packed(
-    weight: mk.QTensor | PreScaledWeight, stored: Stored, product: Product
-) -> mk.QTensor | PreScaledWeight:
-    """A stored weight as its products read it fastest on the CPU at hand."""
-    by_int8 = stored.activation is not None and stored.activation.format == "int8"
-    is_read_so = by_int8 and stored.format == "int8" and not product.is_conv
-    if jax.default_backend() != "cpu" or not is_read_so or product.name == "embedding":
-        return weight
-    values = weight.values
-    if not isinstance(values, Tracer | jax.ShapeDtypeStruct) and len(values.devices()) > 1:
-        return weight
-    stacked = weight.ndim - len(product.shape)
-    axes = tuple(stacked + axis for axis in product.contracting)
-    return jax.block_until_ready(_packed(weight, axes))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _packed(
-    weight: mk.QTensor | PreScaledWeight, axes: tuple[int, ...]
-) -> mk.QTensor | PreScaledWeight:
-    if isinstance(weight, PreScaledWeight):
-        return dataclasses.replace(weight, quantized=_packed(weight.quantized, axes))
-    return mk.prepacked(weight, axes)
 
 
 def check_storable(

@@ -158,11 +158,8 @@ class Plan:
         arrays = {name: each for name, each in leaf.arrays.items() if name != "zero_point"}
         arrays["values"] = dataclasses.replace(arrays["values"], dtype=format)
         static = {**leaf.static, "format": format}
-        if static.pop("tiles", None):  # which only int8 lies in
-            q = leaf.abstract
-            shape = tuple(q.shape[axis] for axis in q.stored_axes)
-            arrays["values"] = dataclasses.replace(arrays["values"], shape=shape)
-        return dataclasses.replace(leaf, static=static, arrays=arrays)
+        # Only int8 lies in tiles.
+        return dataclasses.replace(leaf, static=static, arrays=arrays).without_tiles()
 
     def convert(self, leaf: LeafRecord, value: Any) -> tuple[Any, float]:
         """A leaf that was read, as it will be; and the relative error of that."""

@@ -119,6 +119,15 @@ def test_doctor_knows_what_native_kernels_multiply(monkeypatch, isa):
     assert becomes["int8"] == "int8 x int8, native"
 
 
+@pytest.mark.parametrize("refusal", [None, "tiles are read by AVX512-VNNI"])
+def test_doctor_says_whether_prepacked_weights_are_read(monkeypatch, refusal):
+    native = mk.NativeKernels("avx2", None, ("int8",), refusal)
+    monkeypatch.setattr(mk, "native_kernels", lambda: native)
+    rows = dict(rows_of("Kernels"))
+    said = refusal or "int8 weights, by mp.quantize(..., prepack=True)"
+    assert rows["prepacked weights"] == said
+
+
 def test_doctor_on_hardware_that_is_not_in_the_table(monkeypatch):
     def unknown(*_):
         raise ValueError("the device at hand is 'Foo 9000', of which nothing is known")
@@ -143,11 +152,9 @@ def test_what_was_noted_when_the_package_was_built(monkeypatch, tmp_path):
     monkeypatch.setattr(about, "_BUILD_NOTE", tmp_path / "native_build.txt")
     assert str(mk.native_kernels().refusal).endswith("a checkout that was not installed")
     (tmp_path / "native_build.txt").write_text("none of the C++ compilers c++, g++ was found\n")
-    assert mk.native_kernels() == mk.NativeKernels(
-        None,
-        "they were not compiled when the package was installed: none of the C++ compilers c++, "
-        "g++ was found",
-    )
+    why = "they were not compiled when the package was installed: none of the C++ compilers c++, "
+    why += "g++ was found"
+    assert mk.native_kernels() == mk.NativeKernels(None, why, tiles_refusal=why)
 
 
 def test_the_kernels_of_a_platform_in_the_order_they_are_tried():

@@ -1,5 +1,6 @@
 """`mp.export`: one artifact per model, run by JAX alone in another process."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -84,6 +85,42 @@ def test_weights_beside_are_the_first_argument():
     assert len(blob) < len(inside) - 2 * 128 * 128 // 2  # two kernels, compressed at most by half
     expected = jax.jit(model.apply)(variables, X)
     np.testing.assert_array_equal(mp.load_exported(blob)(weights, X), expected)
+
+
+@pytest.mark.parametrize("weights", ["inside", "beside"])
+def test_float_weights_under_a_quantized_policy_are_warned_of(weights):
+    policy = mp.DTypePolicyMap("int8_from_float32", {"Dense_1": "float32"})
+    model = mp.wrap(Net(), policy)
+    variables = model.init(KEY, X)
+    with pytest.warns(UserWarning) as warned:
+        mp.export(model, variables, X, platforms=("cpu",), weights=weights)
+    (warning,) = warned
+    first, *lines = str(warning.message).splitlines()
+    assert re.match(r"1 weights of Net are floats in the exported program.*mp\.quantize", first)
+    assert lines == ["  params/Dense_0/kernel: int8 by its policy"]
+    assert warning.filename == __file__
+
+
+def test_weights_that_quantize_leaves_are_not_warned_of_again():
+    model = mp.wrap(Net(), "int4/96_from_float32")  # 96 does not divide 128
+    policy = mp.DTypePolicyMap("int8_from_float32", {"Dense_0": model.policy})
+    model = mp.wrap(Net(), policy)
+    variables, report = mp.quantize(model, model.init(KEY, X), X, return_report=True)
+    assert [each.path for each in report.left] == ["params/Dense_0/kernel"]
+    mp.export(model, variables, X, platforms=("cpu",))  # a warning is an error in tests
+    profitable = mp.wrap(Net(), "int8_from_float32", target="v6e", when="profitable")
+    many = jax.ShapeDtypeStruct((2**16, 128), jnp.float32)
+    mp.export(profitable, profitable.init(KEY, X), many, platforms=("cpu",))
+
+
+def test_float_weights_of_an_nnx_model_are_warned_of():
+    model = mp.wrap(NetNNX(nnx.Rngs(0)), "int8_weight_only_from_float32")
+    with pytest.warns(
+        UserWarning, match=r"2 weights .*\n  down/kernel: int8 .*\n  up/kernel: int8"
+    ):
+        mp.export(model, X, platforms=("cpu",))
+    profitable = mp.wrap(NetNNX(nnx.Rngs(0)), "int8_from_float32", target="v6e", when="profitable")
+    mp.export(mp.quantize(profitable), X, platforms=("cpu",))
 
 
 def test_nnx():
@@ -211,6 +248,11 @@ def test_bad_arguments_are_named_before_any_work():
         mp.export(model, variables, X, weights="out")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="a dict with 'params', but got ndarray"):
         mp.export(model, X)
+    shapes = jax.eval_shape(lambda: variables)
+    with pytest.raises(ValueError, match="weights of Net have no values.*weights='beside'"):
+        mp.export(model, shapes, X)
+    _, weights = mp.export(model, shapes, X, platforms=("cpu",), weights="beside")
+    assert weights["params/Dense_0/kernel/values"] == jax.ShapeDtypeStruct((128, 128), jnp.int8)
     with pytest.raises(ValueError, match="Net is not wrapped"):
         mp.export(Net(), variables, X)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import export
 
 import mpjax_kernels as mk
-from mpjax_kernels._native_library import reads_tiles
+from mpjax_kernels._native_library import reads_tiles, tiles_refusal
 from tests.kernels_helpers import normal
 
 reads = pytest.mark.skipif(not reads_tiles(), reason="no native kernels that read tiles")
@@ -45,6 +45,9 @@ def test_what_it_is():
         assert same.tiles == ()
         np.testing.assert_array_equal(mk.dequantize(same), mk.dequantize(w))
     np.testing.assert_array_equal(mk.dequantize(tiled), mk.dequantize(w))
+    whole = mk.without_tiles(tiled)
+    assert (whole.tiles, whole.layout, whole.values.shape) == ((), (-1, -2), (48, 64))
+    np.testing.assert_array_equal(whole.values, w.values.T)
     np.testing.assert_array_equal(mk.dequantize(tiled[5:9, ::3]), mk.dequantize(w)[5:9, ::3])
 
 
@@ -170,20 +173,31 @@ def test_layers_are_scanned_over():
 
 
 @pytest.mark.parametrize(
-    "weight",
+    ("weight", "why"),
     [
-        mk.quantize(normal(64, 40), axis=0),
-        mk.quantize(normal(62, 48), axis=0),
-        mk.quantize(normal(64, 48), "float8_e4m3fn", axis=0),
-        mk.quantize(normal(64, 48), axis=0, group_size=32),
-        mk.quantize(normal(64, 48), axis=0, symmetric=False),
-        mk.quantize(normal(0, 48), axis=0),
+        (mk.quantize(normal(64, 40), axis=0), "axis 1 has 40 entries, no multiple of 16"),
+        (mk.quantize(normal(62, 48), axis=0), "axis 0 has 62 entries, no multiple of 4"),
+        (mk.quantize(normal(64, 48), "float8_e4m3fn", axis=0), "of int8, and it is float8_e4m3fn"),
+        (mk.quantize(normal(64, 48), axis=0, group_size=32), "scales that vary along (0,)"),
+        (mk.quantize(normal(64, 48), axis=0, symmetric=False), "it has zero points"),
+        (mk.quantize(normal(0, 48), axis=0), "of shape (0, 48), contracted along (0,)"),
     ],
     ids=["40 columns", "62 rows", "float8", "groups", "zero points", "nothing"],
 )
-def test_what_has_no_tiles_is_contiguous(weight):
+def test_what_has_no_tiles_is_contiguous(weight, why):
     packed = mk.prepacked(weight, axis=0)
     assert (packed.tiles, packed.layout) == ((), (-1, -2))
+    refusal = mk.prepacked_refusal(weight, axis=0)
+    assert refusal is not None and (why in refusal or refusal == tiles_refusal())
+
+
+def test_the_machine_is_asked_first():
+    weight = mk.quantize(normal(64, 48), axis=0)
+    assert mk.prepacked_refusal(weight, axis=0) == tiles_refusal()
+    assert mk.native_kernels().tiles_refusal == tiles_refusal()
+    assert bool(mk.prepacked(weight, axis=0).tiles) == reads_tiles()
+    with pytest.raises(ValueError, match="`axis` is 2, but `q` has 2 axes"):
+        mk.prepacked_refusal(weight, axis=2)
 
 
 @reads

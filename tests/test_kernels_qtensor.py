@@ -243,3 +243,12 @@ def test_validate_wants_a_float32_scale_and_takes_every_granularity():
         mk.validate(mk.QTensor(values, jnp.ones((1, 1), jnp.bfloat16), FLOAT32))
     for shape in [(1, 1), (6, 1), (1, 2), (6, 2), (3, 1), (2, 2)]:
         mk.validate(mk.QTensor(values, jnp.ones(shape, jnp.float32), FLOAT32))
+
+
+def test_values_that_were_cast_are_told():
+    q = mk.quantize(jnp.ones((4, 8)), "int8", axis=0)
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"kernel": q})["kernel"]
+    with pytest.raises(
+        TypeError, match=r"values of QTensor\(bfloat16\[4,8\], .* as after `jax\.tree"
+    ):
+        _ = cast.format

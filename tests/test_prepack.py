@@ -1,6 +1,11 @@
 """mp.quantize(..., prepack=True): weights stored as the CPU's native kernels read them."""
 
+import functools
+import os
 import re
+import subprocess
+import sys
+import textwrap
 
 import flax.errors
 import flax.linen as nn
@@ -9,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import mpjax as mp
 import mpjax_kernels as mk
 from mpjax_kernels._native_library import reads_tiles
 
-pytestmark = pytest.mark.skipif(not reads_tiles(), reason="no native kernels that read tiles")
+reads = pytest.mark.skipif(not reads_tiles(), reason="no native kernels that read tiles")
 
 TILES = ((-1, 16), (-2, 4))
 
@@ -35,18 +41,40 @@ class Net(nn.Module):
 TOKENS = jnp.arange(10).reshape(2, 5)
 
 
-def quantized(policy, **options):
-    model = mp.wrap(Net(), policy)
-    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
-    return model, mp.quantize(model, variables, TOKENS, **options)
+def quantized_dense(policy, **options):
+    model, x = mp.wrap(nn.Dense(32), policy), jnp.ones((4, 64))
+    return model, mp.quantize(model, model.init(jax.random.key(0), x), x, **options)
+
+
+def in_process(script, *args, **environment):
+    """What a script writes, in a process with other native kernels."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def int8():
-    plain = quantized("int8_from_float32")
-    return (*plain, quantized("int8_from_float32", prepack=True)[1])
+def both():
+    """A model, and what it is with and without `prepack=True`, each with its report."""
+    model = mp.wrap(Net(), "int8_from_float32")
+    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
+    quantize = functools.partial(mp.quantize, model, variables, TOKENS, return_report=True)
+    return model, quantize(), quantize(prepack=True)
 
 
+@pytest.fixture(scope="module")
+def int8(both):
+    model, (plain, _), (packed, _) = both
+    return model, plain, packed
+
+
+@reads
 def test_a_model_computes_the_same(int8):
     model, plain, packed = int8
     apply = jax.jit(model.apply)
@@ -60,6 +88,7 @@ def stored(variables):
     return [leaf for leaf in leaves if isinstance(leaf, mk.QTensor)]
 
 
+@reads
 def test_which_weights_are_packed(int8):
     params = int8[2]["params"]
     assert params["dense"]["kernel"].tiles == TILES
@@ -70,6 +99,7 @@ def test_which_weights_are_packed(int8):
     assert params["Embed_0"]["embedding"].layout is None
 
 
+@reads
 def test_a_model_reads_them_as_they_are(int8):
     model, _, packed = int8
     text = jax.jit(model.apply).lower(packed, TOKENS).compile().as_text() or ""
@@ -80,13 +110,119 @@ def test_a_model_reads_them_as_they_are(int8):
     report.assert_quantized()
 
 
-@pytest.mark.parametrize("policy", ["int8_weight_only_from_float32", "float8/row_from_float32"])
-def test_other_weights_stay_as_they_are(policy):
-    plain, packed = quantized(policy)[1], quantized(policy, prepack=True)[1]
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        ("int8_weight_only_from_float32", "it is multiplied by floats"),
+        ("float8/row_from_float32", "it is float8_e4m3fn, and int8 alone is"),
+    ],
+)
+def test_other_weights_stay_as_they_are(policy, why):
+    plain = quantized_dense(policy)[1]
+    with pytest.warns(UserWarning, match=rf"no weight of Dense to prepack, .* without: {why}$"):
+        packed = quantized_dense(policy, prepack=True)[1]
     for a, b in zip(stored(plain), stored(packed), strict=True):
         assert (a.layout, a.tiles) == (b.layout, b.tiles)
 
 
+@reads
+def test_the_report_says_what_is_prepacked_and_why_the_rest_is_not(both):
+    _, (_, without), (_, report) = both
+    packed = [each.path.split("/")[-2] for each in report.prepacked]
+    assert sorted(packed) == ["dense", "key", "out", "query", "value"]
+    unpacked = {each.path.split("/")[-2]: each.unpacked for each in report.weights}
+    assert {name: why for name, why in unpacked.items() if why is not None} == {
+        "odd": "axis 1 has 10 entries, no multiple of 16",
+        "Dense_0": "axis 0 has 10 entries, no multiple of 4",
+        "conv": "it belongs to a convolution",
+        "Embed_0": "it is looked up",
+    }
+    assert report.why_none_prepacked is None
+    lines = str(report).splitlines()
+    assert lines[-1].endswith(", 0 left as they were, 5 prepacked")
+    ends = {line.split("/")[-2]: line.rpartition("  ")[2].strip() for line in lines[1:-1]}
+    assert (ends["dense"], ends["odd"]) == ("prepacked", f"not prepacked: {unpacked['odd']}")
+    assert without.prepacked == () and without.why_none_prepacked is None
+    assert "prepacked" not in str(without)
+
+
+@reads
+def test_reasons_that_differ_are_told_weight_by_weight():
+    model = mp.wrap(nn.Sequential([nn.Dense(10), nn.Dense(32)]), "int8_from_float32")
+    x = jnp.ones((2, 32))
+    with pytest.warns(UserWarning) as warned:
+        mp.quantize(model, model.init(jax.random.key(0), x), x, prepack=True)
+    (warning,) = warned
+    assert str(warning.message).splitlines()[1:] == [
+        "  params/layers_0/kernel: axis 1 has 10 entries, no multiple of 16",
+        "  params/layers_1/kernel: axis 0 has 10 entries, no multiple of 4",
+    ]
+    assert warning.filename == __file__
+
+
+def test_a_machine_that_reads_no_tiles_says_so_once():
+    script = """
+        import warnings, flax.linen as nn, jax, jax.numpy as jnp, mpjax as mp
+        model, x = mp.wrap(nn.Dense(32), "int8_from_float32"), jnp.ones((2, 64))
+        variables = model.init(jax.random.key(0), x)
+        with warnings.catch_warnings(record=True) as warned:
+            packed = mp.quantize(model, variables, x, prepack=True)
+        print(*(each.message for each in warned))
+        assert packed["params"]["kernel"].tiles == ()
+        print(mp.quantize(model, variables, x, prepack=True, return_report=True)[1])
+    """
+    why = "the environment has MPJAX_NATIVE=0"
+    lines = in_process(script, MPJAX_NATIVE="0").splitlines()
+    assert lines[0] == (
+        "prepack=True found no weight of Dense to prepack, which computes the same without: " + why
+    )
+    assert lines[2].endswith(f"  not prepacked: {why}")
+    assert lines[-1].endswith(", 0 left as they were, 0 prepacked")
+
+
+@reads
+def test_a_file_is_put_in_order_where_no_kernel_reads_tiles(int8, tmp_path):
+    model, plain, packed = int8
+    path = mp.save(tmp_path / "model.safetensors", packed, policy="int8_from_float32")
+    script = """
+        import sys, mpjax as mp
+        mp.save(sys.argv[2], mp.load(sys.argv[1]), policy=mp.load_policy(sys.argv[1]))
+    """
+    again = tmp_path / "again.safetensors"
+    in_process(script, path, again, MPJAX_NATIVE_ISA="avx2")
+    loaded = mp.load(again)
+    for a, b, c in zip(stored(packed), stored(loaded), stored(plain), strict=True):
+        assert (a.layout, ()) == (b.layout, b.tiles)
+        np.testing.assert_array_equal(
+            mk.contiguous(b, (-1,)).values, mk.contiguous(c, (-1,)).values
+        )
+        np.testing.assert_array_equal(b.scale, c.scale)
+    apply = jax.jit(model.apply)
+    jax.tree.map(np.testing.assert_array_equal, apply(loaded, TOKENS), apply(plain, TOKENS))
+
+
+@reads
+def test_a_file_is_put_in_order_on_several_devices(tmp_path):
+    model, x = mp.wrap(nn.Dense(48), "int8_from_float32"), jnp.ones((2, 64))
+    variables = model.init(jax.random.key(0), x)
+    packed = mp.quantize(model, variables, x, prepack=True)
+    path = mp.save(tmp_path / "model.safetensors", packed)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = NamedSharding(mesh, PartitionSpec(None, "x"))  # 3 tiles, or 48 outputs, for 2 devices
+    kernel = mp.load(path, shardings=lambda name: cut if "kernel" in name else None)["params"][
+        "kernel"
+    ]
+    assert (kernel.tiles, kernel.layout) == ((), (-1, -2))
+    assert kernel.values.sharding.shard_shape(kernel.values.shape) == (24, 64)
+    np.testing.assert_array_equal(
+        kernel.values, mk.without_tiles(packed["params"]["kernel"]).values
+    )
+    one = mp.load(path, shardings=jax.sharding.SingleDeviceSharding(jax.devices()[1]))
+    assert one["params"]["kernel"].tiles == TILES
+    assert one["params"]["kernel"].values.devices() == {jax.devices()[1]}
+
+
+@reads
 def test_a_file_keeps_them(int8, tmp_path):
     model, _, packed = int8
     mp.save(tmp_path / "model.safetensors", packed, policy="int8_from_float32")
@@ -99,6 +235,7 @@ def test_a_file_keeps_them(int8, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, apply(loaded, TOKENS), apply(packed, TOKENS))
 
 
+@reads
 def test_a_file_is_requantized_for_other_hardware(int8, tmp_path):
     packed = int8[2]
     path = mp.save(tmp_path / "model.safetensors", packed, policy="int8_from_float32")
@@ -114,18 +251,21 @@ def test_a_file_is_requantized_for_other_hardware(int8, tmp_path):
     )
 
 
-def test_an_input_that_does_not_fit_is_named_by_flax(int8):
-    model = mp.wrap(nn.Dense(32), "int8_from_float32")
-    packed = mp.quantize(
-        model, model.init(jax.random.key(0), jnp.ones((4, 64))), jnp.ones((4, 64)), prepack=True
-    )
-    with pytest.raises(flax.errors.ScopeParamShapeError, match="kernel"):
+@reads
+def test_an_input_that_does_not_fit_is_named_by_flax():
+    model, packed = quantized_dense("int8_from_float32", prepack=True)
+    with pytest.raises(
+        flax.errors.ScopeParamShapeError, match=r'"kernel" .*\(60, 32\).*\(64, 32\)'
+    ):
         model.apply(packed, jnp.ones((4, 60)))
 
 
+@reads
 def test_an_exported_model_runs_without_the_kernels(int8):
     model, plain, packed = int8
-    run = mp.load_exported(mp.export(model, packed, TOKENS))
+    blob, weights = mp.export(model, packed, TOKENS, weights="beside")
+    assert weights["params/dense/kernel/values"].shape == (48, 32)  # in order, once and for all
+    run = functools.partial(mp.load_exported(blob), weights)
     same = np.testing.assert_allclose
     jax.tree.map(
         lambda a, b: same(a, b, rtol=1e-5, atol=1e-5),
@@ -134,6 +274,7 @@ def test_an_exported_model_runs_without_the_kernels(int8):
     )
 
 
+@reads
 def test_smoothed_weights_are_packed():
     model = mp.wrap(nn.Dense(32), "int8_from_float32")
     x = jax.random.normal(jax.random.key(1), (64, 32)) * jnp.linspace(0.01, 30, 32)
@@ -146,6 +287,7 @@ def test_smoothed_weights_are_packed():
     np.testing.assert_array_equal(model.apply(packed, x), model.apply(plain, x))
 
 
+@reads
 def test_stacked_layers_are_packed():
     class Layer(nn.Module):
         @nn.compact
@@ -170,6 +312,7 @@ def test_stacked_layers_are_packed():
     np.testing.assert_array_equal(apply(packed, x), apply(plain, x))
 
 
+@reads
 def test_an_nnx_model_is_packed_in_place(tmp_path):
     class Two(nnx.Module):
         def __init__(self, rngs):

@@ -59,6 +59,17 @@ def test_quantized_inference(capsys, tmp_path, monkeypatch):
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (scope["logits"], expected)))
 
 
+def test_prepacking(capsys):
+    scope = {}
+    exec(block_after("Linen"), scope)
+    exec(block_with("prepack=True"), scope)
+    assert capsys.readouterr().out == f"{scope['report']}\n"
+    assert scope["report"].weights[-1].unpacked is not None
+    run = jax.jit(scope["int8"].apply)
+    y = [run(scope[name], scope["x"]) for name in ("packed", "quantized")]
+    np.testing.assert_array_equal(*(np.asarray(each, np.float32) for each in y))
+
+
 @pytest.mark.slow
 def test_calibration(capsys):
     scope = {}

@@ -26,6 +26,7 @@ from ._formats import int8 as int8
 from ._matmul import matmul as matmul
 from ._qtensor import QTensor as QTensor
 from ._qtensor import validate as validate
+from ._qtensor import without_tiles as without_tiles
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
 from ._quantized_conv import quantized_conv_general_dilated as quantized_conv_general_dilated
@@ -35,3 +36,4 @@ from ._quantized_matmul import quantized_matmul as quantized_matmul
 from ._ragged_dot import ragged_dot as ragged_dot
 from ._storage import contiguous as contiguous
 from ._storage import prepacked as prepacked
+from ._storage import prepacked_refusal as prepacked_refusal

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._dot_general import IMPLEMENTATIONS
-from ._native_library import _PATH, FLOAT8, INT8, native_refusal
+from ._native_library import _PATH, FLOAT8, INT8, native_refusal, tiles_refusal
 
 _BUILD_NOTE = Path(__file__).parent / "native_build.txt"  # written by hatch_build.py
 
@@ -19,11 +19,13 @@ class NativeKernels:
         isa: The instruction set that they use here; None if they are not used.
         refusal: Why they are not used; None if they are.
         formats: The formats of which they multiply two operands.
+        tiles_refusal: Why they read no weights that `prepacked` cut into tiles; None if they do.
     """
 
     isa: str | None
     refusal: str | None
     formats: tuple[str, ...] = ()
+    tiles_refusal: str | None = None
 
 
 def native_kernels() -> NativeKernels:
@@ -33,13 +35,14 @@ def native_kernels() -> NativeKernels:
     if formats:
         library = ctypes.CDLL(str(_PATH))
         library.mpjax_native_isa.restype = ctypes.c_char_p
-        return NativeKernels(library.mpjax_native_isa().decode(), None, formats)
+        isa = library.mpjax_native_isa().decode()
+        return NativeKernels(isa, None, formats, tiles_refusal())
     if not _PATH.exists() and os.environ.get("MPJAX_NATIVE") != "0":
         refusal = "they were not compiled, as this is a checkout that was not installed"
         if _BUILD_NOTE.exists():
             why = _BUILD_NOTE.read_text().strip()
             refusal = f"they were not compiled when the package was installed: {why}"
-    return NativeKernels(None, refusal)
+    return NativeKernels(None, refusal, tiles_refusal=refusal)
 
 
 def implementations(platform: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """dynamic_dot_general: `dot_general` of an array that is quantized on its way in, and a weight."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -85,8 +86,7 @@ def multiply_quantized(
     dtype = result_dtype(x, w, preferred_element_type)
 
     def product(x: Array, w: QTensor) -> Array:
-        static = axes, format, precision, dtype
-        return choose(IMPLEMENTATIONS, implementation, (x, w), *static)
+        return choose(IMPLEMENTATIONS, implementation, (x, w), _How(axes, format, precision, dtype))
 
     refusal = (
         f"{name} has no derivative: it rounds its activations, which is flat. To train through "
@@ -109,35 +109,28 @@ def check_dynamic(x: Array, w: QTensor) -> None:
         raise TypeError(f"`x` must have a floating dtype to be quantized, got {x.dtype}")
 
 
-def _quantized(x: Array, axes: Contraction, format: Format) -> QTensor:
-    return quantize(x, format, axis=axes.lhs_contract)
+@dataclass(frozen=True)
+class _How:
+    """The static arguments of a product: those of `_dot_general.py`, and what `x` becomes."""
+
+    axes: Contraction
+    format: Format
+    precision: jax.lax.PrecisionLike
+    dtype: np.dtype
+
+    def quantized(self, x: Array) -> QTensor:
+        return quantize(x, self.format, axis=self.axes.lhs_contract)
 
 
-def _refusal(
-    name: str,
-    x: Array,
-    w: QTensor,
-    axes: Contraction,
-    format: Format,
-    precision: jax.lax.PrecisionLike,
-    dtype: np.dtype,
-) -> str | None:
-    q = jax.eval_shape(partial(_quantized, axes=axes, format=format), x)
-    return PRODUCTS[name].refusal(q, w, axes, precision, dtype)
+def _refusal(name: str, x: Array, w: QTensor, how: _How) -> str | None:
+    q = jax.eval_shape(how.quantized, x)
+    return PRODUCTS[name].refusal(q, w, how.axes, how.precision, how.dtype)
 
 
-def _run(
-    name: str,
-    x: Array,
-    w: QTensor,
-    axes: Contraction,
-    format: Format,
-    precision: jax.lax.PrecisionLike,
-    dtype: np.dtype,
-) -> Array:
-    if name == "native" and _native_dynamic.takes(x, w, format):
-        return _native_dynamic.dot_general(x, w, axes, dtype)
-    return PRODUCTS[name].run(_quantized(x, axes, format), w, axes, precision, dtype)
+def _run(name: str, x: Array, w: QTensor, how: _How) -> Array:
+    if name == "native" and _native_dynamic.takes(x, w, how.format):
+        return _native_dynamic.dot_general(x, w, how.axes, how.dtype)
+    return PRODUCTS[name].run(how.quantized(x), w, how.axes, how.precision, how.dtype)
 
 
 IMPLEMENTATIONS = {

@@ -44,7 +44,15 @@ _READS_TILES = ("avx512_vnni", "avx512_bf16")
 
 def reads_tiles() -> bool:
     """Whether the native kernels of this machine multiply int8 that is stored in tiles."""
-    return _load()[0] in _READS_TILES
+    return tiles_refusal() is None
+
+
+def tiles_refusal() -> str | None:
+    """Why the native kernels of this machine do not, or why there are none; None if they do."""
+    isa, refusal = _load()
+    if refusal is not None or isa in _READS_TILES:
+        return refusal
+    return f"tiles are read by AVX512-VNNI, and the native kernels use {isa} here"
 
 
 @cache

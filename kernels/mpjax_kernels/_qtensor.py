@@ -69,8 +69,15 @@ class QTensor:
 
     @property
     def format(self) -> Format:
-        """The format of the stored values."""
-        return get_format(self.values.dtype.name)
+        """The format of the stored values; TypeError if their dtype is that of none."""
+        try:
+            return get_format(self.values.dtype.name)
+        except ValueError:
+            raise TypeError(
+                f"the values of {self!r} are of no known format, as after "
+                "`jax.tree.map(lambda x: x.astype(...), variables)`: cast floats before they are "
+                "quantized, or leave QTensors out"
+            ) from None
 
     @property
     def shape(self) -> tuple[int, ...]:

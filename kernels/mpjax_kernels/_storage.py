@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 from ._axes import canonical_axes
 from ._derivative import without_derivative
 from ._layout import cut, joined, layout_of, stored_axes
-from ._native_library import INT8, TILE, reads_tiles
+from ._native_library import INT8, TILE, tiles_refusal
 from ._qtensor import QTensor, in_order, validate
 
 _NO_DERIVATIVE = (
@@ -91,9 +91,9 @@ def prepacked(q: QTensor, axis: int | Sequence[int]) -> QTensor:
     """
     q = contiguous(q, axis)
     last = canonical_axes(axis, q.ndim, of="q")
-    free = [a for a in range(q.ndim) if a not in last]
-    if not free or not last or not _is_tileable(q, last, free[-1]):
+    if _refusal(q, last) is not None:
         return q
+    free = [a for a in range(q.ndim) if a not in last]
     axes = (*free, *last)
     start = min(q.ndim - len(q.layout or ()), axes.index(free[-1]))
     layout = tuple(a - q.ndim for a in axes[start:])
@@ -102,17 +102,35 @@ def prepacked(q: QTensor, axis: int | Sequence[int]) -> QTensor:
     return replace(q, values=cut(q.values, layout, tiles), layout=layout, tiles=tiles)
 
 
-def _is_tileable(q: QTensor, last: Sequence[int], lane: int) -> bool:
-    lanes, terms = TILE
-    return (
-        reads_tiles()
-        and q.format.name in INT8
-        and q.zero_point is None
-        and all(q.scale.shape[a] == 1 for a in last)
-        and q.shape[lane] % lanes == 0
-        and q.shape[last[-1]] % terms == 0
-        and q.size > 0
-    )
+def prepacked_refusal(q: QTensor, axis: int | Sequence[int]) -> str | None:
+    """Why `prepacked(q, axis)` has no tiles on this machine; None if it has.
+
+    Args:
+        q: The tensor.
+        axis: The axis that is contracted, or several, in their order.
+
+    Raises:
+        ValueError: If an axis is out of range or named twice.
+        TypeError, ValueError: If `q` breaks an invariant of `QTensor`.
+    """
+    validate(q)
+    return _refusal(q, canonical_axes(axis, q.ndim, of="q"))
+
+
+def _refusal(q: QTensor, last: Sequence[int]) -> str | None:
+    free = [a for a in range(q.ndim) if a not in last]
+    if tiles_refusal() is not None:
+        return tiles_refusal()
+    if q.format.name not in INT8:
+        return f"tiles are of int8, and it is {q.format.name}"
+    if not free or not last or q.size == 0:
+        return f"of shape {q.shape}, contracted along {tuple(last)}, it is no matrix"
+    if q.zero_point is not None or any(q.scale.shape[a] != 1 for a in last):
+        return f"it has zero points, or scales that vary along {tuple(last)}"
+    for axis, size in zip((free[-1], last[-1]), TILE, strict=True):
+        if q.shape[axis] % size:
+            return f"axis {axis} has {q.shape[axis]} entries, no multiple of {size}"
+    return None
 
 
 def decode(q: QTensor, dtype: DTypeLike) -> Float[Array, "*shape"]:

@@ -24,16 +24,12 @@ from .._cast import in_dtypes_of
 from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
 from .._decisions import NONE, Decision, left
+from .._einsum_product import QuantizedEinsum
 from .._kv_cache import check_cache, refuse_own_attention
-from .._products import (
-    QuantizedDotGeneral,
-    QuantizedEinsum,
-    Stateless,
-    StoredEmbedding,
-    observe_embedding,
-)
+from .._products import QuantizedDotGeneral, Stateless
 from .._promote import PromoteAroundKernel
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from .._stored_embedding import StoredEmbedding, observe_embedding
 from ._kv_cache import REMEDY, Decoding
 from ._layer import Layer, author_dtype, lent
 from ._states import LayerKernel, LayerStates

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax.core import meta
 
 from .._adapters import floating_name
@@ -84,11 +85,12 @@ class Layer:
         stored = meta.unbox(self.module.get_variable("params", name))
         if not is_stored(stored) or stored.layout is None:
             return init_fn
-        whole = tuple(stored.shape[axis] for axis in stored.stored_axes)
 
         def shaped(x: Any) -> Any:
-            x = jnp.transpose(x, stored.stored_axes)
-            return x.reshape(stored.values.shape) if x.shape == whole else x
+            if x.shape != stored.shape:
+                where = f"/{self.full_path}"  # as Flax says it of what has no layout
+                raise errors.ScopeParamShapeError(name, where, stored.shape, x.shape)
+            return jnp.transpose(x, stored.stored_axes).reshape(stored.values.shape)
 
         return lambda *args, **kwargs: jax.tree.map(shaped, init_fn(*args, **kwargs))
 

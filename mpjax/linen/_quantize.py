@@ -1,5 +1,6 @@
 """`quantize` and `layer_policies` for Linen: trace one call, and see which layers it meets."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from .._lazy_array import abstract, is_lazy, on_device
 from .._paths import join, owner_paths
 from .._policy import DTypePolicy
 from .._policy_map import resolve
+from .._prepack import packed
 from .._prescaled import is_stored
 from .._quantization_report import (
     QuantizationReport,
@@ -29,8 +31,8 @@ from .._quantization_report import (
 from .._quantize import (
     check_donated,
     check_finite,
+    check_storable,
     is_profitable_only,
-    packed,
     quantize_weight,
     release,
 )
@@ -221,12 +223,32 @@ def _replace(
         quantized, rounding = round_weight(calibrated, name, weight, plain)
     except CannotStoreError as error:
         return left_weight(name, weight, str(error), wanted=True)
-    quantized = packed(quantized, stored, product) if prepack else quantized
+    quantized, unpacked = packed(quantized, stored, product) if prepack else (quantized, None)
     owner[product.name] = boxed_like(boxed, quantized)
-    row = quantized_weight(name, weight, quantized, rounding)
+    row = quantized_weight(name, weight, quantized, rounding, unpacked)
     if donate:
         release(weight)
     return row
+
+
+def unquantized(model: nn.Module, variables: Any, observation: Observation) -> dict[str, str]:
+    """The float weights that `quantize` would store: path -> format.
+
+    Args:
+      model: that was called.
+      variables: that it was called with.
+      observation: of the call.
+    """
+    found = {}
+    for path, product in observation.products.items():
+        stored = stored_of(observation.policies[path])
+        weight = meta.unbox(_owner(variables["params"], path)[product.name])
+        if stored is None or product.left is not None or is_stored(weight):
+            continue
+        with contextlib.suppress(CannotStoreError):
+            check_storable(weight, stored, product, _name(path, product))
+            found[_name(path, product)] = stored.format
+    return found
 
 
 def layer_policies(

@@ -51,7 +51,7 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) as error:
         raise ValueError(
             f"these variables do not fit {type(model).__name__}: {error} Are they the parameters "
-            "of another model?"
+            "of another model, or is an argument of another size than in training?"
         ) from error
     except errors.InvalidRngError as error:
         error.add_note(

@@ -2,6 +2,7 @@
 
 from ._function import as_function as as_function
 from ._quantize import quantize as quantize
+from ._quantize import unquantized as unquantized
 from ._wrap import is_wrapped as is_wrapped
 from ._wrap import layer_policies as layer_policies
 from ._wrap import policy_of as policy_of

@@ -16,13 +16,16 @@ from .._adapters import POLICY
 from .._calibrated import Calibrated, round_weight
 from .._calibration import Calibration, plan_of
 from .._calibration_batches import first_and_all
-from .._context import Product
+from .._context import Observation, Product
 from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose
+from .._einsum_product import QuantizedEinsum
 from .._lazy_array import on_device
 from .._paths import join
 from .._policy import DTypePolicy
-from .._products import QuantizedDotGeneral, QuantizedEinsum
+from .._prepack import packed
+from .._prescaled import is_stored
+from .._products import QuantizedDotGeneral
 from .._quantization_report import (
     QuantizationReport,
     QuantizedWeight,
@@ -33,7 +36,6 @@ from .._quantize import (
     check_donated,
     check_finite,
     check_storable,
-    packed,
     quantize_weight,
     release,
 )
@@ -45,7 +47,8 @@ from ._rules import NORMS
 from ._states import outside_of_traces
 from ._wrap import author_dtype
 
-_KEYWORDS = ("calibration", "method", "observer", "progress", "return_report", "donate", "rows")
+_KEYWORDS = ("calibration", "method", "observer", "progress", "return_report", "donate")
+_KEYWORDS += ("prepack", "rows")
 _MANY = 2**20  # rows of an input, where a call says nothing of them: the weight hardly counts
 
 
@@ -102,8 +105,10 @@ def quantize(
         for plan in plans:
             value = given.pop(plan.path, plan.weight.get_raw_value())
             quantized, rounding = round_weight(calibrated, plan.path, value, plan.rounded)
-            quantized = packed(quantized, plan.stored, plan.product) if prepack else quantized
-            report[plan.row] = quantized_weight(plan.path, value, quantized, rounding)
+            unpacked = None
+            if prepack:
+                quantized, unpacked = packed(quantized, plan.stored, plan.product)
+            report[plan.row] = quantized_weight(plan.path, value, quantized, rounding, unpacked)
             if goes:
                 plan.weight.set_raw_value(quantized)
             made[plan.path] = quantized
@@ -113,6 +118,27 @@ def quantize(
         rest = {path: on_device(value) for path, value in given.items()}
         put_values(model, {**rest, **made, **scales})
     return model, QuantizationReport(tuple(report))
+
+
+def unquantized(model: nnx.Module, weights: Any, observation: Observation) -> dict[str, str]:
+    """The float weights that `quantize` would store: path -> format.
+
+    Args:
+      model: that holds them.
+      weights, observation: of a call, as of Linen; not looked at.
+    """
+    found = {}
+    for path, weight, layer in _weights(model):
+        value = weight.get_raw_value()
+        product, stored, _ = _product_of(layer, weight, path)
+        if product is None or stored is None or is_stored(value):
+            continue
+        if getattr(type(layer), POLICY).profitable_on is not None:
+            continue  # as `quantize` may have left it, by rows that are not known here
+        with contextlib.suppress(CannotStoreError):
+            check_storable(value, stored, product, path)
+            found[path] = stored.format
+    return found
 
 
 def _unknown(kwargs: Mapping[str, Any]) -> str:

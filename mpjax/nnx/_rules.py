@@ -23,15 +23,12 @@ from .._attention import PRODUCTS, QuantizedAttention, nnx_attention
 from .._cast import cast_array
 from .._conv_product import QuantizedConv
 from .._conv_transpose import QuantizedConvTranspose, multiplies_plainly, run_layer
+from .._einsum_product import QuantizedEinsum
 from .._policy import DTypePolicy
-from .._products import (
-    QuantizedDotGeneral,
-    QuantizedEinsum,
-    Stateless,
-    StoredEmbedding,
-)
+from .._products import QuantizedDotGeneral, Stateless
 from .._promote import PromoteAroundKernel
 from .._recipes import Recipe, attention_recipe_of, recipe_of
+from .._stored_embedding import StoredEmbedding
 from ._kv_cache import Call, InitCache
 from ._states import KernelOfLayer, OfLayer
 

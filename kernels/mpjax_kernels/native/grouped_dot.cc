@@ -1,10 +1,7 @@
 // The call `mpjax_grouped_dot`: a batch of products of int8 by a weight of int8 or int4 whose scales may
 // vary in groups along the terms, scaled and cast.
 //
-// lhs is int8 [..., rows, terms], and its scale float32 [..., rows] or [..., 1]; the weight [..., terms,
-// columns], or [..., columns, terms] where `weight_terms_last` is true; its scale float32 [..., groups,
-// columns]; zero int8 of the shape of that, or with no groups if there are no zero points. Batch axes
-// come first, and a size of 1 broadcasts. XLA holds two int4 in a byte, the first in its lower half.
+// lhs is int8, and its scale float32 [..., rows] or [..., 1]; `weight_call.h` has the other operands.
 //
 // In `mpjax_dynamic_grouped_dot` lhs is of floats, without a scale, and is quantized in the call, by the
 // scale of each row's amax (`quantized_rows.h`).
@@ -18,6 +15,7 @@
 #include "isa.h"
 #include "quantized_rows.h"
 #include "real_type.h"
+#include "weight_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mpjax {
@@ -45,68 +43,27 @@ const GroupedKernels& Kernels() {
   return kPortableGrouped;
 }
 
-struct Call {
-  View lhs;
-  View weight;
+struct Call : WeightCall {
   View lhs_scale;
-  View scale;
-  View zero;
-  ffi::AnyBuffer out;
-  bool terms_last;
 
-  size_t rank() const { return out.dimensions().size(); }
-  size_t batch() const { return rank() - 2; }
-  int64_t rows() const { return out.dimensions()[rank() - 2]; }
-  int64_t lanes() const { return out.dimensions()[rank() - 1]; }
-  int64_t terms() const { return lhs.dimensions()[rank() - 1]; }
-  int64_t groups() const { return scale.dimensions()[rank() - 2]; }
   int64_t row_scales() const { return lhs_scale.dimensions()[batch()]; }
-  bool is_int4() const { return weight.element_type() == ffi::S4; }
-  bool has_zero() const { return zero.dimensions()[rank() - 2] != 0; }
-
-  static bool Ends(const View& of, int64_t first, int64_t second) {
-    const auto sizes = of.dimensions();
-    return sizes[sizes.size() - 2] == first && sizes[sizes.size() - 1] == second;
-  }
 
   // What is wrong with it, or an empty string.
   std::string Refusal() const {
     if (lhs.element_type() != ffi::S8) return "lhs is not int8";
     if (weight.element_type() != ffi::S8 && !is_int4()) return "the weight is not int8 or int4";
     if (lhs_scale.element_type() != ffi::F32) return "the scale of lhs is not float32";
-    if (scale.element_type() != ffi::F32) return "the scale is not float32";
-    if (zero.element_type() != ffi::S8) return "the zero points are not int8";
-    if (!IsReal(out.element_type())) return "the result is not float32, bfloat16 or float16";
-    if (rank() < 2) return "the result has fewer than two axes";
-    for (const View* operand : {&lhs, &weight, &scale, &zero}) {
-      const auto sizes = operand->dimensions();
-      if (sizes.size() != rank()) return "operands and result differ in rank";
-      if (!Broadcasts(sizes, out.dimensions(), batch())) return "the batches do not go together";
-    }
+    const std::string wrong = WeightCall::Refusal();
+    if (!wrong.empty()) return wrong;
     const auto row_sizes = lhs_scale.dimensions();
     if (row_sizes.size() != rank() - 1 || !Broadcasts(row_sizes, out.dimensions(), batch()) ||
         (row_scales() != 1 && row_scales() != rows())) {
       return "the scale of lhs has neither one entry nor one for each row";
     }
-    if (!Ends(lhs, rows(), terms())) return "lhs has not the rows of the result";
-    const bool fits = terms_last ? Ends(weight, lanes(), terms()) : Ends(weight, terms(), lanes());
-    if (!fits) return "the weight has a shape that does not go with lhs and the result";
-    if (groups() < 1 || terms() % groups() != 0 || !Ends(scale, groups(), lanes())) {
-      return "the scale is not [groups, columns], of groups that divide the terms";
-    }
     if (is_int4() && (terms_last ? terms() / groups() : lanes()) % 2 != 0) {
       return "the last axis of an int4 weight, or a group along it, is odd";
     }
-    if (!Ends(zero, has_zero() ? groups() : 0, lanes())) {
-      return "the zero points have not the shape of the scale";
-    }
     return "";
-  }
-
-  template <typename T>
-  const T* At(const View& of, int64_t b, int64_t numbers) const {
-    const int64_t index = BatchIndex(of.dimensions(), out.dimensions(), batch(), b);
-    return static_cast<const T*>(of.untyped_data()) + index * numbers;
   }
 
   GroupedProduct Product(int64_t b) const {
@@ -139,7 +96,7 @@ ffi::Error Compute(const std::string& name, ffi::ThreadPool& pool, const Call& c
     std::memset(out.untyped_data(), 0, out.size_bytes());
     return ffi::Error::Success();
   }
-  const int64_t batch = static_cast<int64_t>(out.element_count()) / (call.rows() * call.lanes());
+  const int64_t batch = call.products();
   const double terms = static_cast<double>(call.terms());
   const double weight = terms * static_cast<double>(call.lanes());
   const double work = static_cast<double>(out.element_count()) * terms + kMultiplicationsPerByte * weight;
@@ -156,7 +113,7 @@ ffi::Error GroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer w
                       ffi::AnyBuffer lhs_scale, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
                       ffi::Result<ffi::AnyBuffer> out, bool weight_terms_last) {
   return Compute("mpjax_grouped_dot", pool,
-                 {lhs, weight, lhs_scale, scale, zero, *out, weight_terms_last});
+                 {{lhs, weight, scale, zero, *out, weight_terms_last}, lhs_scale});
 }
 
 ffi::Error DynamicGroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyBuffer weight,
@@ -168,8 +125,8 @@ ffi::Error DynamicGroupedDot(ffi::ThreadPool pool, ffi::AnyBuffer lhs, ffi::AnyB
   if (!rows.in_memory()) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, name + ": no memory");
   }
-  return Compute(name, pool, {rows.values(), weight, rows.scales(), scale, zero, *out,
-                              weight_terms_last});
+  return Compute(name, pool, {{rows.values(), weight, scale, zero, *out, weight_terms_last},
+                              rows.scales()});
 }
 
 }  // namespace
