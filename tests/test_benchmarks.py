@@ -270,7 +270,7 @@ def test_the_memory_of_quantizing_is_that_of_a_process_of_its_own(tmp_path, modu
     ]
 
 
-@pytest.mark.parametrize("script", ["matmul", "conv", "quantize"])
+@pytest.mark.parametrize("script", ["attention", "conv", "matmul", "quantize", "weight_bandwidth"])
 def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     suite = module("_suite")
     arguments = suite.suite_parser(module(script).__doc__, ["a case"], module(script).NAMES)
@@ -283,6 +283,19 @@ def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     assert suite.output_folder(short, whole=True) is None
     elsewhere = arguments.parse_args(["--quick", "--output", "elsewhere"])
     assert suite.output_folder(elsewhere, whole=False) == Path("elsewhere")
+
+
+def test_attention_and_rows_by_many_weights_are_computed_right(module):
+    """Everyone's result is compared with one in float64; wrong ones are no rows."""
+    attention, bandwidth = module("attention"), module("weight_bandwidth")
+    limits = {"read_gb_per_s": 10.0, "float32_gops": 10.0, "int8_gops": 10.0}
+    for script in (attention, bandwidth):
+        for case in script.QUICK_CASES.values():
+            row = module("_contest").hold(script.contest(case), 1, limits)
+            assert not any("error" in peer for peer in row["peers"].values())
+            assert [verdict["peer"] for verdict in row["targets"]]
+    case = bandwidth.QUICK_CASES["int8 by int8"]
+    assert bandwidth.contest(case).facts["weight_bytes"] == 2 * (256 * 256 + 4 * 256)
 
 
 def roofline_row(format, **entries):
