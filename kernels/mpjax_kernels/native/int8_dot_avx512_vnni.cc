@@ -9,7 +9,6 @@
 
 #if defined(__AVX512VNNI__)
 
-#include <cstring>
 #include <type_traits>
 
 #include "streams.h"
@@ -207,53 +206,30 @@ void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t co
   }
 }
 
-// `Rows` rows by the 16 columns of a panel, of which `AtOnce` steps in a row are summed apart.
-template <int Rows, int AtOnce>
-void MultiplyTilePanel(const Source& left, const uint8_t* right, int64_t steps,
-                       const int32_t* excess, Sum* sums) {
-  __m512i total[Rows][AtOnce];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows * AtOnce; ++i) (&total[0][0])[i] = _mm512_setzero_si512();
-  const auto add = [&](int64_t step, int to) {
-    const uint8_t* at = right + 64 * step;
-    _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
-    const __m512i columns = SignedColumns::LoadColumns(at);
-#pragma GCC unroll 4
-    for (int row = 0; row < Rows; ++row) {
-      int32_t terms;
-      std::memcpy(&terms, left.data + row * left.lane_stride + 4 * step, sizeof(terms));
-      total[row][to] = _mm512_dpbusd_epi32(total[row][to], columns, _mm512_set1_epi32(terms));
-    }
+// Up to four panels side by side: what a row is loaded for, and streams that hardware prefetches on
+// its own, better than software does. Sums take up to 24 registers.
+template <int Rows>
+void MultiplyTilePanels(LeftRows left, const uint16_t* right, int64_t panel_stride, int panels,
+                        int64_t steps, Sum* sums) {
+  constexpr int kAtOnce = Rows <= 6 ? 4 : 2;
+  const auto multiply = [&](auto at_once, int panel) {
+    MultiplyPanels<SignedColumns, AddFours, Rows, decltype(at_once)::value>(
+        left, right + panel * panel_stride, panel_stride, steps, false, sums + panel * kColumns);
   };
-  int64_t step = 0;
-  for (; step + AtOnce <= steps; step += AtOnce) {
-#pragma GCC unroll 8
-    for (int i = 0; i < AtOnce; ++i) add(step + i, i);
+  int panel = 0;
+  for (; panel + kAtOnce <= panels; panel += kAtOnce) {
+    multiply(std::integral_constant<int, kAtOnce>(), panel);
   }
-  for (; step < steps; ++step) add(step, 0);
-#pragma GCC unroll 4
-  for (int row = 0; row < Rows; ++row) {
-    __m512i sum = _mm512_sub_epi32(total[row][0], _mm512_set1_epi32(excess[row]));
-#pragma GCC unroll 8
-    for (int i = 1; i < AtOnce; ++i) sum = _mm512_add_epi32(sum, total[row][i]);
-    _mm512_storeu_si512(sums + row * kWidth, sum);
-  }
+  for (; panel < panels; ++panel) multiply(std::integral_constant<int, 1>(), panel);
 }
 
-void MultiplyTileRows(const Source& left, int64_t rows, const uint8_t* right, int64_t panel_bytes,
-                      int64_t panels, int64_t steps, Sum* sums) {
-  static_assert(kStreamRows == 4, "one case per number of rows");
-  const auto multiply = rows == 1   ? MultiplyTilePanel<1, 8>
-                        : rows == 2 ? MultiplyTilePanel<2, 4>
-                        : rows == 3 ? MultiplyTilePanel<3, 4>
-                                    : MultiplyTilePanel<4, 4>;
-  int32_t excess[kStreamRows];
-  for (int64_t row = 0; row < rows; ++row) {
-    excess[row] = ExcessOf(left.data + row * left.lane_stride, steps * kTileTerms);
-  }
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    multiply(left, right + panel * panel_bytes, steps, excess, sums + panel * kColumns);
-  }
+void MultiplyTileRows(const uint32_t* left, int64_t left_stride, int rows, const uint16_t* right,
+                      int64_t panel_stride, int panels, int64_t steps, Sum* sums) {
+  static_assert(kTileRowsAtOnce == 8, "one case per number of rows");
+  constexpr decltype(&MultiplyTilePanels<1>) kOf[kTileRowsAtOnce] = {
+      MultiplyTilePanels<1>, MultiplyTilePanels<2>, MultiplyTilePanels<3>, MultiplyTilePanels<4>,
+      MultiplyTilePanels<5>, MultiplyTilePanels<6>, MultiplyTilePanels<7>, MultiplyTilePanels<8>};
+  kOf[rows - 1]({left, left_stride}, right, panel_stride, panels, steps, sums);
 }
 
 void Write(const Sum* sums, int64_t rows, int64_t columns, const Target& target) {
