@@ -206,29 +206,22 @@ void MultiplyUnpacked(const Source& left, int64_t rows, Source right, int64_t co
   }
 }
 
-// Up to four panels side by side: what a row is loaded for, and streams that hardware prefetches on
-// its own, better than software does. Sums take up to 24 registers.
+// Panels side by side: a row is loaded once for all of them, and they are read in as many streams, which
+// the hardware fetches ahead on its own; that is faster than one stream which software fetches.
 template <int Rows>
 void MultiplyTilePanels(LeftRows left, const uint16_t* right, int64_t panel_stride, int panels,
                         int64_t steps, Sum* sums) {
-  constexpr int kAtOnce = Rows <= 6 ? 4 : 2;
-  const auto multiply = [&](auto at_once, int panel) {
-    MultiplyPanels<SignedColumns, AddFours, Rows, decltype(at_once)::value>(
-        left, right + panel * panel_stride, panel_stride, steps, false, sums + panel * kColumns);
-  };
-  int panel = 0;
-  for (; panel + kAtOnce <= panels; panel += kAtOnce) {
-    multiply(std::integral_constant<int, kAtOnce>(), panel);
-  }
-  for (; panel < panels; ++panel) multiply(std::integral_constant<int, 1>(), panel);
+  constexpr decltype(&MultiplyPanels<SignedColumns, AddFours, Rows, 1, LeftRows>) kOf[] = {
+      MultiplyPanels<SignedColumns, AddFours, Rows, 1>, MultiplyPanels<SignedColumns, AddFours, Rows, 2>,
+      MultiplyPanels<SignedColumns, AddFours, Rows, 3>, MultiplyPanels<SignedColumns, AddFours, Rows, 4>};
+  kOf[panels - 1](left, right, panel_stride, steps, false, sums);
 }
 
 void MultiplyTileRows(const uint32_t* left, int64_t left_stride, int rows, const uint16_t* right,
                       int64_t panel_stride, int panels, int64_t steps, Sum* sums) {
-  static_assert(kTileRowsAtOnce == 8, "one case per number of rows");
   constexpr decltype(&MultiplyTilePanels<1>) kOf[kTileRowsAtOnce] = {
-      MultiplyTilePanels<1>, MultiplyTilePanels<2>, MultiplyTilePanels<3>, MultiplyTilePanels<4>,
-      MultiplyTilePanels<5>, MultiplyTilePanels<6>, MultiplyTilePanels<7>, MultiplyTilePanels<8>};
+      MultiplyTilePanels<1>, MultiplyTilePanels<2>, MultiplyTilePanels<3>,
+      MultiplyTilePanels<4>, MultiplyTilePanels<5>, MultiplyTilePanels<6>};
   kOf[rows - 1]({left, left_stride}, right, panel_stride, panels, steps, sums);
 }
 
