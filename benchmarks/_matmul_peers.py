@@ -26,6 +26,7 @@ from _contest import (
     compiled,
 )
 from _onnx import dynamic_int8, session
+from _torch import dynamic_int8 as torch_int8
 
 AXES = (((1,), (0,)), ((), ()))
 
@@ -89,6 +90,9 @@ def peers(name: str, data: Data) -> dict[str, Contender]:
     if name == "w8a8":
         note = "one scale and zero point for all activations; float32 in and out"
         known["onnxruntime"] = contender(onnx_int8, "onnxruntime", note, PER_TENSOR)
+        note = "one scale and zero point for all activations, in 7 bits; the fastest of its engines"
+        bound = round(fmt.bound * 2 * PER_TENSOR, 4)
+        known["pytorch"] = Contender(partial(torch_int8, *data), bound, "torch", note)
     if fmt.weights == "int4":
         how = "float32 activations" if name == "w4a16" else "activations in blocks of 128"
         known["onnxruntime"] = contender(onnx_int4, "onnxruntime", f"MatMulNBits, {how}")
@@ -99,7 +103,7 @@ def peers(name: str, data: Data) -> dict[str, Contender]:
 
 
 NAMES = ("float32", "bfloat16", "qwix", "aqt", "flax_float8", "keras_float8", "keras_int8")
-NAMES += ("onnxruntime", "onnxruntime_float32", "mpjax_xla")
+NAMES += ("onnxruntime", "onnxruntime_float32", "pytorch", "mpjax_xla")
 
 
 def ours(fmt: Format, x: np.ndarray, w: np.ndarray, implementation: str | None = None) -> Program:

@@ -8,7 +8,7 @@ and per output channel of w; `w8a16` and `w4a16` with x and y in bfloat16; `w4a8
 
 Peers, in the same process, called in turns with us: `jnp.matmul` in float32 and bfloat16, Qwix,
 AQT, Flax float8, Keras on the JAX backend, ONNX Runtime's dynamic int8 and its 4-bit MatMulNBits,
-and what XLA makes of our own float8 product.
+PyTorch's dynamic int8 (of the extra `bench-torch`), and what XLA makes of our own float8 product.
 Everyone's result is first compared with float32, and a wrong one is not timed. A peer that cannot
 run has an entry with its error.
 
@@ -36,6 +36,7 @@ from _suite import run, suite_parser
 
 LAYER = (4096, 4096)
 NATIVE_INT8 = ("onnxruntime", 1.1)  # beside other native code
+FEW_ROWS = (("onnxruntime", 0.95), ("pytorch", 0.95))
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Case:
 
 def w8a8_cases() -> list[Case]:
     float32 = {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 16: 0.6, 128: 1.0}
-    extra = {1: (("qwix", 0.1),)}
+    extra = {1: (("qwix", 0.1), *FEW_ROWS), 2: FEW_ROWS, 4: FEW_ROWS}
     rows = [
-        Case("w8a8", m, *LAYER, (("float32", ratio), *extra.get(m, ()), NATIVE_INT8))
+        Case("w8a8", m, *LAYER, (("float32", ratio), *extra.get(m, (NATIVE_INT8,))))
         for m, ratio in float32.items()
     ]
     return rows + [Case("w8a8", n, n, n, (("float32", 0.8), NATIVE_INT8)) for n in (1024, 2048)]

@@ -108,6 +108,24 @@ def test_a_peer_that_cannot_run_is_an_entry_with_its_error(contest):
     assert row["slower_than_float32"] is None and row["ours"]["median_ms"] >= 0
 
 
+def test_pytorch_computes_the_product_in_8_bits(module):
+    """With the error of 7 bits for the activations, which is what its documentation says."""
+    pytest.importorskip("torch", reason="PyTorch is only in the `bench-torch` extra")
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape, np.float32) for shape in ((4, 256), (256, 512)))
+    program = module("_torch").dynamic_int8(x, w)
+    assert program.bytes == 256 * 512 + 4 * 512 + 4 * 4 * (256 + 512)
+    error = module("_contest").relative_error(program.run(), x @ w)
+    assert 0.004 < error < module("_matmul_peers").FORMATS["w8a8"].bound * 3.2
+
+
+def test_an_engine_that_refuses_is_not_the_fastest(module):
+    def refuse():
+        raise RuntimeError("no such product")
+
+    assert module("_torch")._fastest(refuse) == math.inf > module("_torch")._fastest(lambda: None)
+
+
 @pytest.mark.parametrize(
     ("value", "error"),
     [

@@ -122,6 +122,21 @@ def test_products_are_exact(rows, fours, panels, result, per_row, terms_last, se
 
 
 @reads
+@pytest.mark.parametrize("panels", [1, 2, 3, 4, 7])
+def test_few_rows_are_exact_in_any_number(panels):
+    """Rows that are multiplied as they lie are 1 to 6, by 4 panels at a time or what is left."""
+    rng = np.random.default_rng(panels)
+    w = rng.integers(-127, 128, (52, 16 * panels), dtype=np.int8)
+    scales = jnp.ones((1, w.shape[1]), jnp.float32)
+    packed = mk.prepacked(mk.QTensor(jnp.asarray(w), scales, np.dtype("float32")), axis=0)
+    for rows in range(1, 8):
+        x = rng.integers(-127, 128, (rows, 52), dtype=np.int8)
+        q = mk.QTensor(jnp.asarray(x), jnp.ones((1, 1), jnp.float32), np.dtype("float32"))
+        found = mk.dot_general(q, packed, ROWS, implementation="native")
+        np.testing.assert_array_equal(found, x.astype(np.int32) @ w.astype(np.int32))
+
+
+@reads
 @pytest.mark.parametrize(
     ("x", "w", "axes"),
     [

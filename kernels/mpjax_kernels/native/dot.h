@@ -20,6 +20,7 @@ inline constexpr int kColumnPanels = 3;  // right panels that are multiplied at 
 inline constexpr int kFewRows = 32;      // with fewer, columns are multiplied as they come
 inline constexpr int kStreamRows = 4;    // so many at most are multiplied by what is read in a stream
 inline constexpr int kStreamTerms = 16;  // terms of that that are multiplied at once, at most
+inline constexpr int kTileRowsAtOnce = 6;  // so many at most are multiplied by four panels of tiles
 inline constexpr int kPackLanes = 64;    // lanes that are packed at once: a cache line, if stored so
 inline constexpr int kTermsPerPack = 4;  // what is packed is a multiple of so many terms
 inline constexpr int kTileTerms = 4;     // of a tile: kColumns lanes of so many terms, as in a right panel
@@ -105,10 +106,11 @@ struct DotKernels {
   void (*multiply_tiles)(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
                          int panels, int64_t steps, bool add, Sum* sums);
 
-  // sums[row * kWidth + column] = the products of kStreamRows rows at most, as they lie, and the columns of
-  // up to four panels that are stored in tiles. Null, as the one before, if there is no such way.
-  void (*multiply_tile_rows)(const Source& left, int64_t rows, const uint8_t* right,
-                             int64_t panel_bytes, int64_t panels, int64_t steps, Sum* sums);
+  // sums[row * kWidth + column] = the products of kTileRowsAtOnce rows at most, as `lay_out` leaves them, and
+  // up to four right panels that are stored in tiles. Null, as the one before, if there is no such way.
+  void (*multiply_tile_rows)(const uint32_t* left, int64_t left_stride, int rows,
+                             const uint16_t* right, int64_t panel_stride, int panels, int64_t steps,
+                             Sum* sums);
 };
 
 // Unpacked, a row of int8 needs the numbers of a register to be added up for each column; packed, a

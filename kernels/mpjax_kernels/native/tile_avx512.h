@@ -163,16 +163,15 @@ void MultiplyRows(const uint16_t* left, const uint16_t* right, int64_t panel_str
   }
 }
 
-// As many rows as there are, or a few more: up to 24 registers of sums.
+// As many rows as there are: up to 24 registers of sums.
 template <typename Add, typename V = Avx512>
 void MultiplyTile(const uint16_t* left, int rows, const uint16_t* right, int64_t panel_stride,
                   int panels, int64_t steps, bool add, Sum* sums) {
-  static_assert(kRows == 8, "one case per number of rows");
-  const auto multiply = rows == 1   ? MultiplyRows<V, Add, 1>
-                        : rows == 2 ? MultiplyRows<V, Add, 2>
-                        : rows <= 4 ? MultiplyRows<V, Add, 4>
-                                    : MultiplyRows<V, Add, 8>;
-  multiply(left, right, panel_stride, panels, steps, add, sums);
+  constexpr decltype(&MultiplyRows<V, Add, 1>) kOf[kRows] = {
+      MultiplyRows<V, Add, 1>, MultiplyRows<V, Add, 2>, MultiplyRows<V, Add, 3>,
+      MultiplyRows<V, Add, 4>, MultiplyRows<V, Add, 5>, MultiplyRows<V, Add, 6>,
+      MultiplyRows<V, Add, 7>, MultiplyRows<V, Add, 8>};
+  kOf[rows - 1](left, right, panel_stride, panels, steps, add, sums);
 }
 
 // To nearest even, in integers: `vcvtneps2bf16` would flush subnormal numbers to zero.

@@ -4,7 +4,6 @@
 #include "tiles.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "scratch.h"
 
@@ -23,31 +22,27 @@ class Tiles {
   Tiles(const DotKernels& kernels, const Product& product)
       : kernels_(kernels), p_(product), steps_(product.terms / kTileTerms) {}
 
-  bool Run(Loop& loop) { return p_.left.lanes <= kStreamRows ? RunFew(loop) : RunMany(loop); }
+  bool Run(Loop& loop) { return p_.left.lanes <= kTileRowsAtOnce ? RunFew(loop) : RunMany(loop); }
 
  private:
   // Rows a multiple of the pages' size apart would push each other out of the caches.
   bool RunFew(Loop& loop) {
-    const int64_t stride = DivideUp(p_.terms, 64) * 64 + 64;
-    Scratch copy(static_cast<size_t>(p_.left.lanes * stride / 2));
+    const int64_t stride = DivideUp(p_.terms, kStreamTerms) * kStreamTerms / kTileTerms + 16;
+    Scratch copy(static_cast<size_t>(p_.left.lanes * stride * kLaneNumbers));
     if (copy.data() == nullptr) return false;
-    uint8_t* rows = reinterpret_cast<uint8_t*>(copy.data());
+    uint32_t* rows = reinterpret_cast<uint32_t*>(copy.data());
+    int32_t excess[kTileRowsAtOnce];
     for (int64_t row = 0; row < p_.left.lanes; ++row) {
-      const uint8_t* from = p_.left.data + row * p_.left.lane_stride;
-      for (int64_t term = 0; p_.left.term_stride != 1 && term < p_.terms; ++term) {
-        rows[row * stride + term] = from[term * p_.left.term_stride];
-      }
-      if (p_.left.term_stride == 1) {
-        std::memcpy(rows + row * stride, from, static_cast<size_t>(p_.terms));
-      }
+      const Source from = {p_.left.data + row * p_.left.lane_stride, p_.left.lane_stride,
+                           p_.left.term_stride, nullptr};
+      excess[row] = kernels_.lay_out(from, p_.terms, rows + row * stride);
     }
-    const Source left = {rows, stride, 1, nullptr};
     auto body = [&](int64_t i) {
-      alignas(64) Sum sums[kStreamRows * kWidth];
+      alignas(64) Sum sums[kTileRowsAtOnce * kWidth];
       const int64_t column = i * kWidth, width = std::min<int64_t>(kWidth, p_.right.lanes - column);
-      kernels_.multiply_tile_rows(left, p_.left.lanes, p_.right.data + column * p_.terms,
-                                  kColumns * p_.terms, width / kColumns, steps_, sums);
-      Write(sums, 0, p_.left.lanes, column, width, nullptr);
+      kernels_.multiply_tile_rows(rows, stride, static_cast<int>(p_.left.lanes), RightAt(column),
+                                  RightStride(), static_cast<int>(width / kColumns), steps_, sums);
+      Write(sums, 0, p_.left.lanes, column, width, excess);
     };
     loop(DivideUp(p_.right.lanes, kWidth), body, Claims::kInRuns);
     return true;
@@ -88,9 +83,8 @@ class Tiles {
 
   // Packed rows by the tiles of up to three panels.
   void Multiply(const uint16_t* left, int64_t rows, int64_t column, int64_t width, Sum* sums) const {
-    const int64_t stride = kColumns * kLaneNumbers * steps_;
-    const uint16_t* right = reinterpret_cast<const uint16_t*>(p_.right.data) +
-                            column / kColumns * stride;
+    const int64_t stride = RightStride();
+    const uint16_t* right = RightAt(column);
     for (int64_t step = 0; step == 0 || step < steps_; step += kSteps) {
       const int64_t here = std::min(kSteps, steps_ - step);
       for (int64_t i = 0; i < rows; i += kRows) {
@@ -101,6 +95,13 @@ class Tiles {
                                 sums + i * kWidth);
       }
     }
+  }
+
+  // From a panel to the next, in numbers.
+  int64_t RightStride() const { return kColumns * kLaneNumbers * steps_; }
+
+  const uint16_t* RightAt(int64_t column) const {
+    return reinterpret_cast<const uint16_t*>(p_.right.data) + column / kColumns * RightStride();
   }
 
   void Write(const Sum* sums, int64_t row, int64_t rows, int64_t column, int64_t width,
