@@ -96,8 +96,11 @@ class GroupedTiles {
   void StreamTile(int64_t tile);
   void StreamPiece(int64_t piece);
   void PrefetchScales(int64_t group, int64_t lane, int64_t lanes) const;
+  int64_t first_groups() const;
+  void SettleGroup(int64_t group, int64_t first_part, int64_t first, int64_t lanes) const;
   void SettleLanes(int64_t first, int64_t lanes) const;
   int32_t* PartAt(int64_t part, int64_t lane) const;
+  float* TotalAt(int64_t lane) const;
 
   int32_t* RowSums(int64_t group, int64_t row) const;
   int32_t* Excess(int64_t group, int64_t row) const;
