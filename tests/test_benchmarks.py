@@ -303,6 +303,7 @@ def test_a_complete_run_alone_replaces_the_committed_results(module, script):
     assert suite.output_folder(elsewhere, whole=False) == Path("elsewhere")
 
 
+@pytest.mark.slow
 def test_attention_and_rows_by_many_weights_are_computed_right(module):
     """Everyone's result is compared with one in float64; wrong ones are no rows."""
     attention, bandwidth = module("attention"), module("weight_bandwidth")

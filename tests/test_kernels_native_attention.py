@@ -152,7 +152,8 @@ def test_vmap_is_a_loop(cached, format):
         assert len(CALL.findall(text)) == (1 if here() else 0)
         each = [whole if axis is None else jax.tree.map(lambda a: a[i], whole) for i in range(2)]  # noqa: B023
         loop = jnp.stack([jax.jit(function)(x[i], each[i]) for i in range(2)])
-        np.testing.assert_array_equal(mapped(x, whole), loop)
+        # XLA may add up in another order, native calls do not.
+        np.testing.assert_allclose(mapped(x, whole), loop, rtol=0, atol=0 if here() else 1e-5)
 
 
 @pytest.mark.parametrize("case", [Case(2), Case(2, kv_heads=3)], ids=str)
