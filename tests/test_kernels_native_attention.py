@@ -136,6 +136,11 @@ def test_the_dtype_is_that_of_the_operands_if_none_is_asked_for():
             assert scores.dtype == output.dtype == dtype
 
 
+def entry(cached, i: int):
+    """Of the first axis."""
+    return jax.tree.map(lambda x: x[i], cached)
+
+
 @pytest.mark.parametrize("cached", ["mapped", "shared"])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_vmap_is_a_loop(cached, format):
@@ -150,8 +155,8 @@ def test_vmap_is_a_loop(cached, format):
         mapped = jax.jit(jax.vmap(function, (0, axis)))
         text = mapped.lower(x, whole).compile().as_text()
         assert len(CALL.findall(text)) == (1 if here() else 0)
-        each = [whole if axis is None else jax.tree.map(lambda a: a[i], whole) for i in range(2)]  # noqa: B023
-        loop = jnp.stack([jax.jit(function)(x[i], each[i]) for i in range(2)])
+        one_by_one = [(x[i], whole if axis is None else entry(whole, i)) for i in range(2)]
+        loop = jnp.stack([jax.jit(function)(*operands) for operands in one_by_one])
         # XLA may add up in another order, native calls do not.
         np.testing.assert_allclose(mapped(x, whole), loop, rtol=0, atol=0 if here() else 1e-5)
 
@@ -186,10 +191,11 @@ def test_a_query_has_its_gradient_through_a_cache_in_8_bits():
     case = Case()
     cached = mk.quantize(case.cached(), axis=-1)
     floats = mk.dequantize(cached, jnp.float32)
-    found, expected = (
-        jax.jit(jax.grad(lambda q: jnp.sum(jnp.sin(mk.attention_scores(q, c)))))(case.query())  # noqa: B023
-        for c in (cached, floats)
-    )
+
+    def loss(query, cached):
+        return jnp.sum(jnp.sin(mk.attention_scores(query, cached)))
+
+    found, expected = (jax.jit(jax.grad(loss))(case.query(), c) for c in (cached, floats))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
