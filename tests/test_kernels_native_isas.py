@@ -118,6 +118,35 @@ def test_sums_of_int8_by_int4_and_in_groups_are_exact_in_500_shapes(isa):
     assert exact_shapes(IN_GROUPS, isa) >= GROUPED_SHAPES
 
 
+ATTENTION = """
+import hashlib
+import jax
+import mpjax_kernels as mk
+from tests.native_helpers import here
+from tests.test_kernels_native_attention import Case, products
+digest = hashlib.sha256()
+for dtype in ("float32", "bfloat16", "float16"):
+    for case in (Case(), Case(2, kv_heads=3, depth=70, length=300)):
+        cached = case.cached(dtype)
+        for each in (cached, *(mk.quantize(cached, f, axis=-1) for f in ("int8", "float8_e4m3fn"))):
+            results, calls = products(case, each, dtype)
+            assert calls == (["scores", "output"] if here() else []), calls
+            for result in results:
+                digest.update(jax.device_get(result).tobytes())
+print(here(), digest.hexdigest())
+"""
+
+
+def test_attention_has_the_same_bits_by_every_instruction_set():
+    digests = set()
+    for isa in ISAS:
+        done = elsewhere(ATTENTION, MPJAX_NATIVE_ISA=isa)
+        assert done.returncode == 0, done.stderr
+        found, digest = done.stdout.rstrip("\n").split(" ")
+        digests |= {digest} if found == isa else set()
+    assert len(digests) == 1
+
+
 NATIVE_TESTS = [str(path) for path in sorted(Path(__file__).parent.glob("test_kernels_native*.py"))]
 
 

@@ -5,9 +5,9 @@ cache holds them: position by position, each with all of its heads. XLA:CPU brin
 a head together first, which takes it longer than the products; the native kernels
 (`native/attention.cc`) read them as they lie. More queries, and other platforms, take XLA's.
 
-What is stored in 8 bits is never dequantized as a whole: the scale of a key
-multiplies the scores, as it is constant along the axis that they sum over, and the scale of a value
-multiplies the weight that meets it.
+What is stored in 8 bits is never dequantized as a whole: the scale of a key multiplies the scores,
+as it is constant along the axis that they sum over, and the scale of a value multiplies the weight
+that meets it.
 """
 
 import dataclasses
@@ -79,13 +79,15 @@ def attention_output(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scores:
-    """The scores by XLA's products."""
+class _ByXla:
+    """A product as XLA computes it; attributes as the arguments of `attention_scores`."""
 
     quantized: bool
     precision: Any
     dtype: np.dtype
 
+
+class _Scores(_ByXla):
     def __call__(self, query: Array, key: Array | QTensor) -> Array:
         heads, depth = key.shape[-2:]
         options = {"precision": self.precision, "preferred_element_type": self.dtype}
@@ -101,14 +103,7 @@ class _Scores:
         return scores.reshape(*query.shape[:-3], query.shape[-2], *scores.shape[-2:])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """The output by XLA's products."""
-
-    quantized: bool
-    precision: Any
-    dtype: np.dtype
-
+class _Output(_ByXla):
     def __call__(self, weights: Array, value: Array | QTensor) -> Array:
         heads, depth = value.shape[-2:]
         options: dict[str, Any] = {"precision": self.precision}

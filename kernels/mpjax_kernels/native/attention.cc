@@ -30,9 +30,9 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kPositions = 16;            // of a cache that a thread takes at a time, at least
-constexpr int64_t kMostParts = 16;            // of the positions that an output is summed over
-constexpr int64_t kWorthAThread = 32768;        // numbers of a cache
+constexpr int64_t kPositions = 16;        // of a cache that a thread takes at a time, at least
+constexpr int64_t kMostParts = 16;        // of the positions that an output is summed over
+constexpr int64_t kWorthAThread = 32768;  // numbers of a cache
 
 const AttentionKernels& Kernels() {
 #if defined(MPJAX_HAS_AVX512_VNNI)
@@ -88,6 +88,7 @@ struct Attention {
   int64_t rows() const { return group() * queries(); }  // that are multiplied by a head of the cache
   int64_t row_numbers() const { return cached_heads() * depth(); }  // of a position
   int64_t cached_numbers() const { return length() * row_numbers(); }
+  int64_t widened_numbers() const { return stored() == Stored::kFloat32 ? 0 : row_numbers(); }
   bool has_scale() const { return Last(scale, 2) != 0; }
   Stored stored() const { return StoredOf(cached.element_type()); }
   Real out_type() const { return RealOf(out.element_type()); }
@@ -179,7 +180,7 @@ bool Scores(const Attention& a, ffi::ThreadPool& pool, int64_t batch) {
   const AttentionKernels& kernels = Kernels();
   const int64_t rows = a.heads() * a.queries(), numbers = rows * a.depth();
   const int64_t chunks = DivideUp(a.length(), kPositions);
-  const Scratch query(Floats(batch * numbers)), widened(Floats(batch * chunks * a.row_numbers()));
+  const Scratch query(Floats(batch * numbers)), widened(Floats(batch * chunks * a.widened_numbers()));
   const Scratch sums(Floats(batch * chunks * rows * (kPositions + 1)));
   if (query.data() == nullptr || widened.data() == nullptr || sums.data() == nullptr) return false;
   for (int64_t b = 0; b < batch; ++b) LayOutQuery(a, kernels, b, FloatsOf(query) + b * numbers);
@@ -190,7 +191,7 @@ bool Scores(const Attention& a, ffi::ThreadPool& pool, int64_t batch) {
     float* of_position = FloatsOf(sums) + i * rows * (kPositions + 1);
     float* of_row = of_position + rows;  // kPositions of each
     for (int64_t p = 0; p < positions; ++p) {
-      const float* keys = a.At(kernels, b, first + p, FloatsOf(widened) + i * a.row_numbers());
+      const float* keys = a.At(kernels, b, first + p, FloatsOf(widened) + i * a.widened_numbers());
       kernels.scores(FloatsOf(query) + b * numbers, keys, a.cached_heads(), a.rows(), a.depth(),
                      of_position);
       for (int64_t row = 0; row < rows; ++row) of_row[row * kPositions + p] = of_position[row];
@@ -214,7 +215,7 @@ bool Output(const Attention& a, ffi::ThreadPool& pool, int64_t batch) {
   const int64_t part = std::max(kPositions, DivideUp(a.length(), kMostParts));
   const int64_t parts = std::max<int64_t>(1, DivideUp(a.length(), part));
   const Scratch sums(Floats(batch * parts * (numbers + rows))), weights(Floats(batch * rows * a.length()));
-  const Scratch widened(Floats(batch * parts * a.row_numbers()));
+  const Scratch widened(Floats(batch * parts * a.widened_numbers()));
   if (sums.data() == nullptr || weights.data() == nullptr || widened.data() == nullptr) return false;
   const Stored type = StoredOf(a.queried.element_type());
   for (int64_t b = 0; b < batch; ++b) {
@@ -233,7 +234,7 @@ bool Output(const Attention& a, ffi::ThreadPool& pool, int64_t batch) {
         const float weight = of_rows[row * a.length() + p];
         of_position[row] = scales == nullptr ? weight : weight * scales[row / a.rows()];
       }
-      const float* values = a.At(kernels, b, p, FloatsOf(widened) + i * a.row_numbers());
+      const float* values = a.At(kernels, b, p, FloatsOf(widened) + i * a.widened_numbers());
       kernels.add(of_position, values, a.cached_heads(), a.rows(), a.depth(), to);
     }
   });
