@@ -34,6 +34,8 @@ _NATIVE_KINDS = {
     "weight_dot": "products of weights, decoded",
     "grouped_dot": "products of int8 by int4",
     "dynamic_grouped_dot": "products of int8 by int4",
+    "attention_scores": "products of attention",
+    "attention_output": "products of attention",
 }
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 # In the names that `_inference_models.py` and Flax' attention give to their layers.

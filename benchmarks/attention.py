@@ -1,8 +1,10 @@
-"""How fast is attention of a decoding step, one query to a cache, against Flax's own?
+"""How fast is attention, of a decoding step or of all positions, against Flax's own?
 
 Scores, a softmax in float32, and the output, for a batch of queries of 16 heads of 64 (or 32 heads
 of 128 that share 8 of the cache) to as many positions as a cache holds. The cache is an array, or
-is stored in 8 bits with a scale per position and head. All in one jit, the cache an argument.
+is stored in 8 bits with a scale per position and head. One query, as a decoding step has, or as
+many as there are positions, as an encoder has (12 heads of 32) and a decoder's prompt. All in one
+jit, the cache an argument.
 
 Peers, in the same process, called in turns with us: `flax`, `flax.nnx.dot_product_attention` on
 float32 keys and values, and `flax_bfloat16`, the same on bfloat16.
@@ -38,14 +40,16 @@ class Case:
     heads: int = 16
     kv_heads: int = 16
     depth: int = 64
+    queries: int = 1
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
-        return f"{self.format} {self.batch}x{self.length} {heads}x{self.depth}"
+        sizes = f"{self.batch}x{self.length} {heads}x{self.depth}"
+        return f"{self.format} {sizes}" + (f" by {self.queries}" if self.queries > 1 else "")
 
     def operands(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Query, keys and values, float32."""
-        query = self.batch, 1, self.heads, self.depth
+        query = self.batch, self.queries, self.heads, self.depth
         cache = self.batch, self.length, self.kv_heads, self.depth
         shapes = query, cache, cache
         keys = jax.random.split(jax.random.key(0), 3)
@@ -63,8 +67,10 @@ CASES = by_name(
     *(Case(format, 1024) for format in BOUNDS),
     Case("float32", 1024, batch=8),
     *(Case(format, 2048, heads=32, kv_heads=8, depth=128) for format in ("float32", "int8")),
+    *(Case(format, 128, 8, 12, 12, 32, queries=128) for format in ("float32", "bfloat16")),
+    *(Case(format, 512, queries=512) for format in BOUNDS),
 )
-QUICK_CASES = by_name(Case("float32", 16), Case("int8", 16))
+QUICK_CASES = by_name(Case("float32", 16), Case("int8", 16), Case("bfloat16", 16, queries=16))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,15 +88,16 @@ def contest(case: Case, names: list[str] | None = None) -> Contest:
             partial(flax, case, "bfloat16"), BOUNDS["bfloat16"], "flax", decode=_float32
         ),
     }
-    operations = 4 * case.batch * case.heads * case.length * case.depth
+    operations = 4 * case.batch * case.heads * case.queries * case.length * case.depth
     return Contest(
         facts={"case": str(case), "format": case.format, "length": case.length}
-        | {"batch": case.batch, "heads": [case.heads, case.kv_heads], "depth": case.depth},
+        | {"batch": case.batch, "heads": [case.heads, case.kv_heads], "depth": case.depth}
+        | {"queries": case.queries},
         reference=_exact(query, key, value),
         ours=Contender(partial(ours, case), bound, "mpjax", decode=_float32),
         peers=chosen(peers, names),
         operations=operations,
-        targets={"flax": 0.5},
+        targets={"flax": 0.5 if case.queries == 1 else 0.8},
     )
 
 

@@ -209,10 +209,10 @@ Call DynamicInGroups(int64_t m, int64_t k, int64_t n, int64_t groups, bool last)
   return call;
 }
 
-// Two queries of six heads to a cache of 133 positions and three heads.
-Call Attention(bool is_output, XLA_FFI_DataType type) {
+// Queries of six heads to a cache of 133 positions and three heads.
+Call Attention(bool is_output, XLA_FFI_DataType type, int64_t queries) {
   const bool is_float = type == XLA_FFI_DataType_F32;
-  const std::vector<int64_t> query = {2, 2, 6, 83}, weights = {2, 6, 2, 133};
+  const std::vector<int64_t> query = {2, queries, 6, 83}, weights = {2, 6, queries, 133};
   return {is_output ? mpjax_attention_output : mpjax_attention_scores,
           {Random(XLA_FFI_DataType_F32, is_output ? weights : query, true, 1),
            Random(type, {2, 133, 3, 83}, is_float, 2),
@@ -260,8 +260,10 @@ int main() {
   calls.push_back(Cast(XLA_FFI_DataType_S8, 300, 800, 300));
   calls.push_back(Cast(XLA_FFI_DataType_F8E4M3FN, 300, 800, 1));
   for (const auto type : {XLA_FFI_DataType_F32, XLA_FFI_DataType_S8, XLA_FFI_DataType_F8E4M3FN}) {
-    calls.push_back(Attention(false, type));
-    calls.push_back(Attention(true, type));
+    for (const int64_t queries : {2, 50}) {
+      calls.push_back(Attention(false, type, queries));
+      calls.push_back(Attention(true, type, queries));
+    }
   }
   int wrong = 0;
   {

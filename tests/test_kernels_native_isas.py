@@ -126,7 +126,7 @@ from tests.native_helpers import here
 from tests.test_kernels_native_attention import Case, products
 digest = hashlib.sha256()
 for dtype in ("float32", "bfloat16", "float16"):
-    for case in (Case(), Case(2, kv_heads=3, depth=70, length=300)):
+    for case in (Case(), Case(2, kv_heads=3, depth=70, length=300), Case(53, depth=35, length=150)):
         cached = case.cached(dtype)
         for each in (cached, *(mk.quantize(cached, f, axis=-1) for f in ("int8", "float8_e4m3fn"))):
             results, calls = products(case, each, dtype)

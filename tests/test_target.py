@@ -43,7 +43,7 @@ def test_the_figures_of_tpus_are_those_that_jax_has(name, kind):
     target, version = mp.resolve_target(name), tpu_info.chip_version_from_device_kind(kind)
     assert version is not None
     cores = version.num_physical_tensor_cores_per_chip
-    jax_has = tpu_info._get_tpu_info_impl(version, 1)
+    jax_has = tpu_info.get_tpu_info_for_chip(version, 1)
     rates = {
         "bfloat16": jax_has.bf16_ops_per_second,
         "int8": jax_has.int8_ops_per_second,

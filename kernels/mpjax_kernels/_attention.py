@@ -1,9 +1,9 @@
 """The two products of dot-product attention, for one or a few queries as for many.
 
-A decoding step multiplies a query or two by all keys and values so far, in the order in which a
-cache holds them: position by position, each with all of its heads. XLA:CPU brings the positions of
-a head together first, which takes it longer than the products; the native kernels
-(`native/attention.cc`) read them as they lie. More queries, and other platforms, take XLA's.
+A cache holds keys and values position by position, each with all of its heads. XLA:CPU brings the
+positions of a head together first, which takes it longer than the products of a decoding step, a
+query or two by all of them; the native kernels (`native/attention.cc`) read them as they lie.
+Other platforms take XLA's.
 
 What is stored in 8 bits is never dequantized as a whole: the scale of a key multiplies the scores,
 as it is constant along the axis that they sum over, and the scale of a value multiplies the weight
@@ -52,8 +52,7 @@ def attention_scores(
     _check("query", query, key, quantized, *query.shape[-2:])
     run = _Scores(quantized, precision, _dtype(query, key, preferred_element_type))
     *batch, rows, heads, _ = query.shape
-    shared = heads // max(1, key.shape[-2])
-    if quantized or not _native_attention.takes(query, key, rows * shared, run.dtype):
+    if quantized or not _native_attention.takes(query, key, run.dtype):
         return run(query, key)
     out = jax.ShapeDtypeStruct((*batch, heads, rows, key.shape[-3]), run.dtype)
     return _native_attention.product_or(run, "mpjax_attention_scores", out, query, key)
@@ -71,8 +70,7 @@ def attention_output(
     *batch, heads, rows, _ = weights.shape
     _check("weights", weights, value, quantized, heads, None)
     run = _Output(quantized, precision, _dtype(weights, value, preferred_element_type))
-    shared = heads // max(1, value.shape[-2])
-    if quantized or not _native_attention.takes(weights, value, rows * shared, run.dtype):
+    if quantized or not _native_attention.takes(weights, value, run.dtype):
         return run(weights, value)
     out = jax.ShapeDtypeStruct((*batch, rows, heads, value.shape[-1]), run.dtype)
     return _native_attention.product_or(run, "mpjax_attention_output", out, weights, value)

@@ -1,4 +1,4 @@
-"""Attention of few queries by native CPU kernels: `native/attention.cc`.
+"""The products of attention by native CPU kernels: `native/attention.cc`.
 
 One call reads keys or values as a cache holds them, multiplies and sums in float32, whatever their
 dtype, and rounds once.
@@ -20,22 +20,18 @@ from ._native_library import INT8, REALS, native_refusal
 from ._native_or import native_or
 from ._qtensor import QTensor
 
-# More rows by a head of the cache take XLA longer than bringing its positions together.
-_MOST_ROWS = 8
 _FORMATS = ("int8", "float8_e4m3fn")
 
 Product = Callable[[Array, "Array | QTensor"], Array]
 
 
-def takes(queried: Array, cached: Array | QTensor, rows: int, dtype: np.dtype) -> bool:
-    """Whether the native kernels multiply these, `rows` of them by each head of the cache."""
+def takes(queried: Array, cached: Array | QTensor, dtype: np.dtype) -> bool:
+    """Whether the native kernels multiply these."""
     known = _FORMATS if isinstance(cached, QTensor) else REALS
     name = cached.format.name if isinstance(cached, QTensor) else cached.dtype.name
     if name not in known or not {queried.dtype.name, dtype.name}.issubset(REALS):
         return False
-    if surroundings_refusal(*queried.shape, *cached.shape) or native_refusal(INT8[0]):
-        return False
-    return rows <= _MOST_ROWS
+    return not (surroundings_refusal(*queried.shape, *cached.shape) or native_refusal(INT8[0]))
 
 
 def product_or(
