@@ -16,7 +16,9 @@ namespace mpjax {
 
 inline int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline bool IsStored(xla::ffi::DataType type) { return IsReal(type) || type == xla::ffi::S8 || type == xla::ffi::F8E4M3FN; }
+inline bool IsStored(xla::ffi::DataType type) {
+  return IsReal(type) || type == xla::ffi::S8 || type == xla::ffi::F8E4M3FN;
+}
 
 inline Stored StoredOf(xla::ffi::DataType type) {
   switch (type) {
@@ -52,6 +54,8 @@ struct Attention {
   int64_t queries() const { return Last(queried, is_output ? 2 : 3); }
   int64_t group() const { return heads() / cached_heads(); }
   int64_t rows() const { return group() * queries(); }  // that are multiplied by a head of the cache
+  int64_t terms() const { return is_output ? length() : depth(); }    // of a sum
+  int64_t columns() const { return is_output ? depth() : length(); }  // of a row of the result
   int64_t row_numbers() const { return cached_heads() * depth(); }  // of a position
   int64_t cached_numbers() const { return length() * row_numbers(); }
   int64_t widened_numbers() const { return stored() == Stored::kFloat32 ? 0 : row_numbers(); }

@@ -37,8 +37,6 @@ class Part {
   const float* const scales;
   const char* const queried;  // of all heads
 
-  int64_t terms() const { return a.is_output ? a.length() : a.depth(); }
-
   // Numbers of a position, as they are meant, in `to` if they are not stored so.
   const float* Numbers(int64_t position, int64_t first, int64_t count, float* to) const {
     const char* stored = cached + (position * a.row_numbers() + first) * BytesOf(a.stored());
@@ -96,9 +94,9 @@ class Part {
     const bool queries_first = !a.is_output;
     const Stored type = StoredOf(a.queried.element_type());
     const auto at = [&](int64_t i) {
-      return queried + (RowOf(queries_first, row + i) * terms() + term) * BytesOf(type);
+      return queried + (RowOf(queries_first, row + i) * a.terms() + term) * BytesOf(type);
     };
-    const int64_t numbers = Stride(queries_first) * terms();
+    const int64_t numbers = Stride(queries_first) * a.terms();
     if (type == Stored::kFloat32 && numbers % kCacheWay != 0) {
       *stride = numbers;
       return reinterpret_cast<const float*>(at(0));
@@ -112,18 +110,16 @@ class Part {
     return to;
   }
 
-  int64_t all_columns() const { return a.is_output ? a.depth() : a.length(); }
-
   char* Out(int64_t row) const {
     const int64_t first = b * a.heads() * a.queries() + RowOf(a.is_output, row);
     return static_cast<char*>(a.out.untyped_data()) +
-           (first * all_columns() + column) * BytesOf(a.out_type());
+           (first * a.columns() + column) * BytesOf(a.out_type());
   }
 
   // Where sums can be written from a row on, and their stride; null if they are to be rounded or are few.
   float* Direct(int64_t row, int64_t* stride) const {
     if (a.out_type() != Real::kFloat32 || columns % kPanel != 0 || Stride(a.is_output) == 0) return nullptr;
-    *stride = Stride(a.is_output) * all_columns();
+    *stride = Stride(a.is_output) * a.columns();
     return reinterpret_cast<float*>(Out(row));
   }
 
@@ -138,7 +134,7 @@ void Part::Multiply(int64_t first_row, int64_t end_row) const {
   alignas(64) float panel[kTerms * kPanel];
   alignas(64) float left[kRows * kTerms];
   alignas(64) float sums[kRows * kColumns];
-  const int64_t all = terms();
+  const int64_t all = a.terms();
   const bool is_one_panel = columns <= kPanel && all <= kTerms;
   if (is_one_panel) FillPanel(0, 0, all, panel);
   for (int64_t row = first_row; row < end_row; row += kRows) {
@@ -165,15 +161,14 @@ void Part::Multiply(int64_t first_row, int64_t end_row) const {
 
 void MultiplyMany(const Attention& a, const AttentionKernels& kernels, xla::ffi::ThreadPool& pool,
                   int64_t batch) {
-  const int64_t all_columns = a.is_output ? a.depth() : a.length();
-  const int64_t columns = a.is_output ? kColumns : kPanel, parts = DivideUp(all_columns, columns);
+  const int64_t columns = a.is_output ? kColumns : kPanel, parts = DivideUp(a.columns(), columns);
   const int64_t rows = a.is_output ? kRows : a.rows(), runs = DivideUp(a.rows(), rows);
   For(pool, batch * a.cached_heads() * parts * runs, batch * a.cached_numbers() * a.rows() / 8,
       [&](int64_t i) {
         const int64_t row = i % runs * rows, column = i / runs % parts * columns;
         const int64_t head = i / runs / parts;
         const Part part(a, kernels, head / a.cached_heads(), head % a.cached_heads(), column,
-                        std::min(columns, all_columns - column));
+                        std::min(columns, a.columns() - column));
         part.Multiply(row, std::min(a.rows(), row + rows));
       });
 }

@@ -1,7 +1,8 @@
 // Rows by a panel of columns, their sums in registers: what attention of many queries multiplies by.
 //
 // `Lanes` says what a register holds: `Vector`, `kCount` numbers of it, `kRows` rows that have registers, and
-// Load, Store, Broadcast, Fma; Even takes the lanes without a bit of two registers, and Odd those with it. Each sum takes its terms in order, so all instruction sets give the same bits.
+// Load, Store, Broadcast, Fma; Even takes the lanes without a bit of two registers, and Odd those with it.
+// Each sum takes its terms in order, so all instruction sets give the same bits.
 
 #ifndef MPJAX_KERNELS_NATIVE_ATTENTION_TILE_H_
 #define MPJAX_KERNELS_NATIVE_ATTENTION_TILE_H_
