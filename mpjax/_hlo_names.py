@@ -5,12 +5,16 @@ JAX writes the name stack of each operation into the program, outermost first:
     jit(step)/transpose(jvp(mpjax))/Model/up/mpjax.quantized/jit(_multiply)/dot_general
 
 Modules are those of Linen's own scopes, or of ours for NNX. What transformations, control flow and
-einsum add is left out; the word in `mpjax.<word>` is the decision of `_decisions.py`.
+einsum add is left out; the word in `mpjax.<word>` is the decision of `_decisions.py`. The rule of a
+custom derivative writes all that is around it once more:
+
+    jit(step)/transpose(jvp(mpjax))/Model/up/mpjax.left/jvp(mpjax)/Model/up/mpjax.left/dot_general
 """
 
 import dataclasses
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from ._decisions import FLOATS, ROOT
@@ -59,23 +63,43 @@ def name_of(op_name: str) -> Name:
     parts = split(op_name)
     kept, decision, backward, wrapped, recomputed = [], None, False, False, False
     stack = parts[:-1]
-    for i, part in enumerate(stack):
-        while found := _WRAPPERS.match(part):
-            backward |= found[1] == "transpose"
-            part = found[2]
+    for i, whole in enumerate(stack):
+        part, wrappers = _unwrapped(whole)
+        backward |= "transpose" in wrappers
         recomputed |= part in _RECOMPUTED
         if part.startswith(f"{ROOT}."):
             decision = part.removeprefix(f"{ROOT}.")
         elif part == ROOT:
-            # A wrapped model inside of another: its path goes on.
-            kept, wrapped = (kept if wrapped else []), True
-        elif not _is_control(part, stack[i + 1 :], stack[:i]):
-            kept.append(_METHOD.sub("", part))
+            # A wrapped model inside of another: its path goes on, if it is not the same once more.
+            is_same = bool(wrappers) and _modules(stack[i + 1 :])[: len(kept)] == kept
+            kept, wrapped = (kept if wrapped and not is_same else []), True
+        else:
+            kept += _modules([part], stack[i + 1 :], stack[:i])
     path = kept[1:] if wrapped else kept
     direction = "recomputed" if recomputed else "backward" if backward else "forward"
     floats = decision is not None and decision.endswith(FLOATS)
     decision = decision.removesuffix(FLOATS) if decision is not None else None
     return Name("/".join(path), direction, decision, parts[-1] if parts else "", wrapped, floats)
+
+
+def _unwrapped(part: str) -> tuple[str, list[str]]:
+    """A part without the transformations around it, and those."""
+    wrappers = []
+    while found := _WRAPPERS.match(part):
+        wrappers.append(found[1])
+        part = found[2]
+    return part, wrappers
+
+
+def _modules(parts: list[str], after: Sequence[str] = (), before: Sequence[str] = ()) -> list[str]:
+    """The names of modules among the parts, of which these are after and before."""
+    found, stack = [], [*before, *parts, *after]
+    for i, whole in enumerate(parts, len(before)):
+        part, _ = _unwrapped(whole)
+        if part != ROOT and not part.startswith(f"{ROOT}."):
+            is_control = _is_control(part, stack[i + 1 :], stack[:i])
+            found += [] if is_control else [_METHOD.sub("", part)]
+    return found
 
 
 def _is_control(part: str, after: list[str], before: list[str]) -> bool:

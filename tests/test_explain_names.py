@@ -26,6 +26,16 @@ STACKS = [
     ("jit(f)/jvp(Outer)/Net/bk,kn->bn/dot_general", "Outer/Net", "forward", None),
     ("jit(f)/mpjax/Net/embed.attend/dot_general", "embed", "forward", None),
     ("jit(f)/transpose(jvp())/checkpoint/rematted_computation/dot", "", "recomputed", None),
+    # The rule of a custom derivative, with all that is around it once more.
+    (
+        "jit(f)/transpose(jvp(mpjax))/Net/while/body/layers/1/mpjax.left.policy/"
+        "jvp(mpjax)/Net/while/body/layers/1/mpjax.left.policy/hqk,khd->qhd/dot_general",
+        "layers/1",
+        "backward",
+        "left.policy",
+    ),
+    # A wrapped model that a module of another differentiates.
+    ("jit(f)/mpjax/Outer/up/jvp(mpjax)/Inner/down/dot", "up/Inner/down", "forward", None),
     # Modules that are called like control flow.
     ("jit(f)/mpjax/Net/body/cond/dot_general", "body/cond", "forward", None),
     ("", "", "forward", None),

@@ -195,6 +195,18 @@ def test_derivatives_are_those_of_the_equations(case):
     np.testing.assert_allclose(*along, rtol=1e-4)
 
 
+def test_a_policy_of_checkpoint_knows_the_products():
+    """A native call would be computed again, whatever the policy saves."""
+    case = Case(9)
+
+    def loss(query, cached):
+        return jnp.sum(jnp.sin(mk.attention_scores(query, cached)))
+
+    saving = jax.checkpoint(loss, policy=jax.checkpoint_policies.dots_saveable)
+    text = jax.jit(jax.grad(saving)).lower(case.query(), case.cached()).as_text()
+    assert text.count("dot_general") == 2 and "mpjax_attention" not in text
+
+
 def test_a_query_has_its_gradient_through_a_cache_in_8_bits():
     case = Case()
     cached = mk.quantize(case.cached(), axis=-1)

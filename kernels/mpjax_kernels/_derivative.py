@@ -26,12 +26,16 @@ def without_derivative(function: Callable, reason: str) -> Callable:
     return guarded
 
 
-def linear_in_arrays(product: Callable, linear_product: Callable) -> Callable:
+def linear_in_arrays(
+    product: Callable, linear_product: Callable, differentiated: Callable | None = None
+) -> Callable:
     """`product` of two operands, whose derivative in each array of them is `linear_product`'s.
 
-    That is the same product by an implementation that does not round arrays. A derivative in a
-    QTensor raises `NotImplementedError`.
+    That is the same product by an implementation that does not round arrays. `differentiated`
+    computes the product itself in a program that is differentiated, if another does. A derivative
+    in a QTensor raises `NotImplementedError`.
     """
+    differentiated = differentiated or product
     guarded = jax.custom_jvp(product)
 
     def rule(primals: tuple, tangents: tuple):
@@ -43,7 +47,7 @@ def linear_in_arrays(product: Callable, linear_product: Callable) -> Callable:
             if isinstance(primal, QTensor):
                 raise NotImplementedError(_NO_DERIVATIVE_OF_QTENSOR)
             terms.append(linear_product(*primals[:i], tangent, *primals[i + 1 :]))
-        return product(*primals), functools.reduce(operator.add, terms)
+        return differentiated(*primals), functools.reduce(operator.add, terms)
 
     guarded.defjvp(rule, symbolic_zeros=True)
     return guarded

@@ -43,6 +43,9 @@ def product_or(
 ) -> Array:
     """The product by a native call; or by `otherwise(queried, cached)`, whose derivative it has.
 
+    A program that is differentiated has the latter alone, whose products a policy of
+    `jax.checkpoint` knows.
+
     Args:
         otherwise: Hashable; used where a program cannot have native calls.
         call: Its name.
@@ -51,7 +54,8 @@ def product_or(
         cached: Keys or values.
     """
     native = _Native(call, tuple(result.shape), jnp.dtype(result.dtype))
-    return linear_in_arrays(partial(_product, native, otherwise), otherwise)(queried, cached)
+    product = linear_in_arrays(partial(_product, native, otherwise), otherwise, otherwise)
+    return product(queried, cached)
 
 
 def _product(
