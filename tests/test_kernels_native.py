@@ -269,6 +269,7 @@ def test_an_instruction_set_that_there_is_not_is_refused_by_name():
         "the environment has MPJAX_NATIVE_ISA=avx1024, which is unknown: the best here is "
         f"{best()}, and there are {', '.join(ISAS)}\n"
     )
+    assert "RuntimeWarning: no native kernels are used: the environment has" in done.stderr
 
 
 def test_the_environment_turns_them_off():

@@ -207,6 +207,39 @@ def test_a_policy_of_checkpoint_knows_the_products():
     assert text.count("dot_general") == 2 and "mpjax_attention" not in text
 
 
+@pytest.mark.parametrize("queries", [1, 9])
+def test_derivatives_have_derivatives(queries):
+    case = Case(queries, batch=())
+
+    def loss(weights, cached):
+        return jnp.sum(mk.attention_output(weights, cached) ** 2)
+
+    def plain(weights, cached):
+        return jnp.sum(jnp.einsum("hqk,khd->qhd", weights, cached) ** 2)
+
+    operands = case.weights(), case.cached()
+    found, expected = (
+        jax.jit(jax.grad(lambda w, c, f=f: jnp.sum(jnp.sin(jax.grad(f)(w, c))), (0, 1)))(*operands)
+        for f in (loss, plain)
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+def test_x64(queries):
+    case = Case(queries)
+    query, cached = case.query(), case.cached()
+    expected = mk.attention_scores(query, cached)
+    with jax.enable_x64(True):
+        result = jax.jit(mk.attention_scores)(query, cached)
+        assert result.dtype == jnp.float32
+        np.testing.assert_array_equal(result, expected)
+        wide = jax.jit(mk.attention_scores)(query.astype(jnp.float64), cached)
+        assert wide.dtype == jnp.float64
+        np.testing.assert_allclose(wide, expected, atol=1e-5)
+
+
 def test_a_query_has_its_gradient_through_a_cache_in_8_bits():
     case = Case()
     cached = mk.quantize(case.cached(), axis=-1)

@@ -248,6 +248,9 @@ def test_an_array_has_a_derivative():
     w = np.asarray(mk.dequantize(q))
     bound = 20 * U * (np.abs(g) @ np.abs(w).T)
     assert (np.abs(slope - np.asarray(g) @ w.T) <= bound).all()
+    half_square = jax.grad(lambda x: jnp.sum(mk.matmul(x, q) ** 2) / 2)
+    _, along = jax.jvp(half_square, (x,), (jnp.cos(x),))
+    np.testing.assert_allclose(along, np.cos(x) @ w @ w.T, rtol=1e-4, atol=1e-4)
 
 
 def test_refusals_say_why():

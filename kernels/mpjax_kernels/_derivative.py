@@ -35,7 +35,6 @@ def linear_in_arrays(
     computes the product itself in a program that is differentiated, if another does. A derivative
     in a QTensor raises `NotImplementedError`.
     """
-    differentiated = differentiated or product
     guarded = jax.custom_jvp(product)
 
     def rule(primals: tuple, tangents: tuple):
@@ -47,7 +46,8 @@ def linear_in_arrays(
             if isinstance(primal, QTensor):
                 raise NotImplementedError(_NO_DERIVATIVE_OF_QTENSOR)
             terms.append(linear_product(*primals[:i], tangent, *primals[i + 1 :]))
-        return differentiated(*primals), functools.reduce(operator.add, terms)
+        # Of the product itself there may be a derivative once more.
+        return (differentiated or guarded)(*primals), functools.reduce(operator.add, terms)
 
     guarded.defjvp(rule, symbolic_zeros=True)
     return guarded

@@ -64,7 +64,8 @@ def _product(
     if isinstance(cached, QTensor):
         values, scale, dtype = cached.values, cached.scale[..., 0], cached.dtype
     else:
-        values, scale, dtype = cached, jnp.zeros((*cached.shape[:-3], 0, cached.shape[-2])), None
+        of_no_positions = (*cached.shape[:-3], 0, cached.shape[-2])
+        values, scale, dtype = cached, jnp.zeros(of_no_positions, jnp.float32), None
     result = jax.ShapeDtypeStruct(native.shape, native.dtype)
     operands = queried, values, scale
     return native_or(native, _Otherwise(otherwise, dtype), (result,), *operands)[0]

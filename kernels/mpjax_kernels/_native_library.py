@@ -3,13 +3,14 @@
 It is loaded when this package is imported, and nothing is compiled then. Two variables of the
 environment are read at that time: `MPJAX_NATIVE=0` leaves it alone, and `MPJAX_NATIVE_ISA` names
 an instruction set to use instead of the best that the CPU has, to test it. What a CPU has not is
-refused by name. Machines that are not x86 have `portable`, plain C++, alone.
+refused by name, with a warning. Machines that are not x86 have `portable`, plain C++, alone.
 """
 
 import ctypes
 import os
 import platform
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -101,10 +102,12 @@ def _load() -> tuple[str, str | None]:
     isa, wanted = library.mpjax_native_isa().decode(), os.environ.get("MPJAX_NATIVE_ISA", "")
     if wanted not in ("", isa):
         why = "this CPU has not, or the compiler had not" if wanted in _FASTER else "is unknown"
-        return "", (
+        refusal = (
             f"the environment has MPJAX_NATIVE_ISA={wanted}, which {why}: the best here is {isa}, "
             f"and there are {', '.join(_FASTER)}"
         )
+        warnings.warn(f"no native kernels are used: {refusal}", RuntimeWarning, stacklevel=2)
+        return "", refusal
     for target in _TARGETS:
         function = jax.ffi.pycapsule(getattr(library, target))
         jax.ffi.register_ffi_target(target, function, platform="cpu")

@@ -64,7 +64,8 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         error.add_note(
             f"the call of {type(model).__name__} changes variables, as a batch norm does in "
             "training: give the arguments of inference, such as train=False or "
-            "use_running_average=True, or mutable= if inference changes them too"
+            "use_running_average=True, or mutable= if inference changes them too, as a decoding "
+            "step does its cache: mutable=['cache']"
         )
         raise
     except TypeError as error:
