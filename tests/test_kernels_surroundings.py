@@ -46,6 +46,18 @@ def test_rows_are_sharded(case, left, kind):
         assert_close(jax.jit(mapped)(sharded, w), expected)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
+def test_a_batch_of_rows_is_sharded(format, kind):
+    x, w = normal(4, 3, TERMS), quantize(normal(TERMS, COLUMNS), format, axis=0)
+    product = partial(mk.dynamic_dot_general, dimension_numbers=(((2,), (0,)), ((), ())))
+    expected = product(x, w)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("d")))
+        assert_close(jax.jit(product)(sharded, w), expected)
+
+
 @pytest.mark.parametrize("implementation", [None, "cpu", "reference"])
 def test_ragged_rows_in_shard_map(implementation):
     x, w = normal(ROWS, TERMS), quantize(normal(3, TERMS, COLUMNS), axis=1)

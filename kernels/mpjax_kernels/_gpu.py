@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Shaped
 
 from ._contraction import Contraction
@@ -43,6 +44,11 @@ def refusal(
     names = lhs.format.name, rhs.format.name
     if lhs.format.is_integer != rhs.format.is_integer or names == ("float8_e5m2",) * 2:
         return f"no tensor core multiplies {names[0]} by {names[1]}"
+    c = contraction
+    kinds = c.lhs_batch, c.lhs_free, c.lhs_contract, c.rhs_free, c.rhs_contract
+    is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    if is_explicit and max(map(len, kinds)) > 1:
+        return "the mesh has explicit axes, and several axes of an operand would become one"
     return overflow(lhs, rhs, contraction.terms)
 
 
