@@ -118,7 +118,7 @@ def read_both_ways(case, target):
     pairs = re.findall(r" (?:convolution|dot)\((%[\w.-]+), (%[\w.-]+)", text)
     calls = re.findall(
         r" custom-call\((%[\w.-]+), (%[\w.-]+)[^\n]*"
-        r'custom_call_target="(?:__cublas|__cudnn\$conv|__onednn|mpjax_(?:int8|float8)_dot)',
+        r'custom_call_target="(?:__cublas|__cudnn\$conv|__onednn|mpjax_(?:(?:int8|float8)_dot|attention))',
         text,
     )
     rows = re.findall(  # quantized in the call
