@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
-from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from . import _xla
@@ -28,6 +27,7 @@ from ._cpu_integer import integer_dot
 from ._cpu_matrices import Matrices, matrices, rows_first
 from ._float8_bits import from_bits
 from ._groups import is_grouped
+from ._native_or import has_explicit_axes
 from ._qtensor import QTensor, describe
 from ._storage import decode, expand_scale
 
@@ -44,7 +44,7 @@ def refusal(
     reason = _xla.refusal(lhs, rhs, contraction)
     if reason is not None:
         return reason
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+    if has_explicit_axes():
         return "the mesh has explicit axes: XLA's own product has rules for how they are sharded"
     c = contraction
     if any(map(is_symbolic_dim, (*c.lhs_shape, *c.rhs_shape))):

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 from jaxtyping import Array, Shaped
 
 from ._contraction import Contraction
 from ._groups import is_grouped
+from ._native_or import has_explicit_axes
 from ._qtensor import QTensor, describe
 from ._tensor_cores import zeros_after
 from ._xla import integer_dot, overflow, scaled_dot
@@ -46,8 +46,7 @@ def refusal(
         return f"no tensor core multiplies {names[0]} by {names[1]}"
     c = contraction
     kinds = c.lhs_batch, c.lhs_free, c.lhs_contract, c.rhs_free, c.rhs_contract
-    is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
-    if is_explicit and max(map(len, kinds)) > 1:
+    if has_explicit_axes() and max(map(len, kinds)) > 1:
         return "the mesh has explicit axes, and several axes of an operand would become one"
     return overflow(lhs, rhs, contraction.terms)
 

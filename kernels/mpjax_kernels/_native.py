@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
-from jax.sharding import AxisType
 from jaxtyping import Array, Float, Shaped
 
 from . import _native_grouped, _native_weight
@@ -23,7 +22,7 @@ from ._contraction import Contraction
 from ._cpu_matrices import Matrices, matrices
 from ._groups import is_grouped
 from ._native_library import FLOAT8, INT8, REALS, TILE, native_refusal, reads_tiles
-from ._native_or import is_partly_manual
+from ._native_or import has_explicit_axes, is_partly_manual
 from ._qtensor import QTensor, describe
 from ._storage import as_stored
 from ._xla import overflow
@@ -74,7 +73,7 @@ def surroundings_refusal(*sizes: Any) -> str | None:
     """Says that the program around cannot hold a native call."""
     if any(map(is_symbolic_dim, sizes)):
         return "a size is symbolic"
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+    if has_explicit_axes():
         return "the mesh has explicit axes: XLA's own product has rules for how they are sharded"
     if is_partly_manual():
         return "some axes of the mesh are not manual: XLA cannot partition a native call"

@@ -14,6 +14,7 @@ import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from ._varying import vary_like
@@ -46,6 +47,11 @@ def native_or(
         *operands, **options, all_mapped=all_mapped, platform=platform, by_kind=by_kind
     )
     return tuple(vary_like(each, operands) for each in out)
+
+
+def has_explicit_axes() -> bool:
+    """Whether the mesh that this is traced under has axes whose sharding is part of types."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 def is_partly_manual() -> bool:

@@ -105,7 +105,7 @@ struct Attention {
   }
 
   const char* Queried(int64_t b) const {
-    const int64_t numbers = heads() * queries() * (is_output ? length() : depth());
+    const int64_t numbers = heads() * queries() * terms();
     return static_cast<const char*>(queried.untyped_data()) +
            IndexOf(queried, b) * numbers * BytesOf(StoredOf(queried.element_type()));
   }
